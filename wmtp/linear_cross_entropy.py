@@ -1,0 +1,211 @@
+"""Cross entropy straight from hidden states and unembedding, never holding the logits.
+
+The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bias``. The forward pass
+walks over slabs of rows and keeps the cross entropy and log-sum-exp of each prediction; the backward
+pass recomputes, for the predictions whose upstream gradient is not zero, slabs of *vocabulary*, so
+that each slice of the unembedding gradient is written once, by one product over all rows. The
+schedule is in ``slabs.py``.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, Int64, Shaped
+from torch import Tensor
+
+from wmtp import _checks
+from wmtp._typing import typed
+from wmtp.cross_entropy import (
+    Objective,
+    Predictions,
+    Reduction,
+    reduce_predictions,
+    with_heads,
+)
+from wmtp.documents import shift_right
+from wmtp.slabs import linear_ce_rows, slab_budget
+from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
+
+
+@typed
+def linear_mtp_ce_loss(
+    hidden: Float[Tensor, "batch seq heads dim"] | Float[Tensor, "batch seq dim"],
+    unembedding: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, "batch seq"] | Int64[Tensor, "batch seq heads"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    offsets: Offsets | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    slab_bytes: int | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, "batch seq heads"]:
+    """``mtp_ce_loss`` on ``hidden @ unembedding.T + bias``, with bounded memory.
+
+    Logits, log-sum-exp, cross entropy and both accumulated gradients are float32 (float64 for
+    float64 inputs); products run in the dtype of the inputs. Under autocast hidden states,
+    unembedding and bias are cast to its dtype first, as ``F.linear`` would.
+
+    Args:
+        hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head. Rows without a
+            target may hold anything, NaN included, and get a gradient of exactly 0.
+        unembedding: ``[vocab dim]``, of the same dtype as ``hidden``.
+        labels: as in ``mtp_ce_loss``.
+        bias: ``[vocab]``, or ``None``.
+        offsets: as in ``mtp_ce_loss``, and so are the next five.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1].
+        z_loss: coefficient of ``lse²``, at least 0.
+        softcap: positive bound of the logits, or ``None``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default; at least one row.
+
+    Returns:
+        A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
+        hidden states, unembedding and bias, whichever require them; a second backward through the
+        gradients themselves raises (use ``mtp_ce_loss`` for that).
+
+    Raises:
+        ValueError: as ``mtp_ce_loss``; hidden and unembedding of different dims, dtypes or devices;
+            a slab smaller than one row of logits.
+        TypeError: arguments of another type, dtype or number of axes.
+
+    Example:
+        >>> import torch
+        >>> hidden, unembedding = torch.zeros(1, 4, 2, 3), torch.zeros(8, 3)
+        >>> linear_mtp_ce_loss(hidden, unembedding, torch.tensor([[1, 2, 3, 4]]))  # log 8
+        tensor(2.0794)
+
+    Source: arXiv:2404.19737, equation 2; recomputing in the backward pass as in "Cut Your Losses in
+    Large-Vocabulary Language Models", arXiv:2411.09009.
+    """
+    objective = Objective(label_smoothing, z_loss, softcap).checked()
+    found = linear_predict(
+        hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
+    )
+    return reduce_predictions(found, reduction)
+
+
+@typed
+def linear_token_nll(
+    hidden: Float[Tensor, "batch seq dim"],
+    unembedding: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, "batch seq"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    cu_seqlens: Int[Tensor, " boundaries"] | None = None,
+    softcap: float | None = None,
+    slab_bytes: int | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """``token_nll`` on ``hidden @ unembedding.T + bias``, with bounded memory.
+
+    ``out[b, j] = −log p(x_j | x_<j)``, 0 where there is none.
+
+    Args:
+        hidden: ``[batch seq dim]``, the last hidden states of an ordinary next-token model.
+        unembedding: ``[vocab dim]``, of the same dtype.
+        labels: ``[batch seq]`` int64, unshifted.
+        bias: ``[vocab]``, or ``None``.
+        ignore_index: the label that means "no target".
+        attention_mask: as in ``mtp_targets``, like the other descriptions of documents.
+        position_ids: as in ``mtp_targets``.
+        segment_ids: as in ``mtp_targets``.
+        cu_seqlens: as in ``mtp_targets``.
+        softcap: positive bound of the logits, or ``None``.
+        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default.
+
+    Returns:
+        ``[batch seq]`` float32 (float64 for float64 inputs), in nats, at least 0.
+
+    Raises:
+        ValueError: as ``mtp_targets`` and ``linear_mtp_ce_loss``.
+        TypeError: arguments of another type, dtype or number of axes.
+
+    Example:
+        >>> import torch
+        >>> linear_token_nll(torch.zeros(1, 3, 2), torch.zeros(4, 2), torch.tensor([[0, 1, 2]]))
+        tensor([[0.0000, 1.3863, 1.3863]])
+
+    Source: Rho-1, arXiv:2404.07965, equation 2.
+    """
+    targets = mtp_targets(
+        labels,
+        1,
+        ignore_index=ignore_index,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+    )
+    objective = Objective(softcap=softcap).checked()
+    found = linear_predict(
+        hidden, unembedding, targets, bias, None, ignore_index, objective, slab_bytes
+    )
+    return shift_right(found.loss[..., 0])
+
+
+def linear_predict(
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    offsets: Offsets | None,
+    ignore_index: int,
+    objective: Objective,
+    slab_bytes: int | None,
+    *,
+    with_correct: bool = False,
+) -> Predictions:
+    """Everything the losses need of the predictions, as ``predict`` gives it for logits."""
+    hidden = with_heads("hidden", hidden, "dim")
+    _checks.rank_in("unembedding", unembedding, (2,), "[vocab dim]")
+    batch, seq, heads, dim = hidden.shape
+    vocab = unembedding.shape[0]
+    if unembedding.shape[1] != dim:
+        raise ValueError(
+            f"hidden and unembedding must have the same last axis (dim), "
+            f"got {dim} and {unembedding.shape[1]}"
+        )
+    if vocab == 0:
+        raise ValueError("unembedding must have at least one row (vocab), got [0, dim]")
+    if bias is not None:
+        _checks.shape_is("bias", bias, (vocab,), "vocab")
+    _checks.same_device(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
+    targets, valid = resolve_targets(labels, offsets, batch, seq, heads, ignore_index)
+    _checks.labels_in_range(targets, valid, vocab)
+
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _checks.same_dtype(
+        "cast them to one dtype or call under torch.autocast",
+        hidden=hidden,
+        unembedding=unembedding,
+        bias=bias,
+    )
+    loss, ce, _, correct = linear_ce_rows(
+        rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim"),
+        unembedding,
+        bias,
+        rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)"),
+        objective.label_smoothing,
+        objective.z_loss,
+        objective.softcap or 0.0,
+        slab_budget(slab_bytes, vocab, hidden.dtype),
+        with_correct,
+    )
+    shape = (batch, seq, heads)
+    return Predictions(
+        loss=loss.view(shape),
+        ce=ce.detach().view(shape),
+        correct=correct.view(shape) if with_correct else None,
+        valid=valid,
+        target=torch.where(valid, targets, 0),
+    )

@@ -1,0 +1,426 @@
+"""One number: the weighted multi-token prediction loss.
+
+    N_h  = Σ_{b,t} w[b,t,h] · ℓ[b,t,h]              loss = Σ_h λ_h · N_h / Z
+    Z    = (1/H) Σ w        normalizer="weights"     a weighted mean
+         = (1/H) Σ valid    normalizer="tokens"
+         = the number       normalizer=<number>      one count for a whole accumulation window
+    λ_h  = 1/H, or head_weights as given
+
+The dense losses take logits, the linear ones hidden states and the unembedding; they share all else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from wmtp import _checks
+from wmtp._typing import typed
+from wmtp.cross_entropy import Objective, Predictions, predict, wide
+from wmtp.linear_cross_entropy import linear_predict
+from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
+
+
+WeightFunction = Callable[[Tensor, Tensor], Tensor]
+Weights = Float[Tensor, "batch seq"] | Float[Tensor, "batch seq heads"] | WeightFunction | None
+Normalizer = Literal["weights", "tokens"] | float | Float[Tensor, ""] | Int[Tensor, ""]
+HeadWeights = Sequence[float] | Float[Tensor, " heads"] | None
+
+
+class MTPLossStats(NamedTuple):
+    """What one pass of a loss knows, detached: sums and counts, so that ranks and micro-batches add.
+
+    Attributes:
+        token_ce: ``[batch seq heads]`` plain cross entropy in nats, 0 where there is no target.
+        head_loss: ``[heads]``, ``Σ w · ℓ``; divide by ``weight_sum``.
+        head_accuracy: ``[heads]``, how many targets were the most probable token; divide by
+            ``token_count``.
+        weight_sum: ``[heads]``, ``Σ w`` over valid predictions.
+        token_count: ``[heads]``, how many predictions were valid.
+    """
+
+    token_ce: Float[Tensor, "batch seq heads"]
+    head_loss: Float[Tensor, " heads"]
+    head_accuracy: Float[Tensor, " heads"]
+    weight_sum: Float[Tensor, " heads"]
+    token_count: Float[Tensor, " heads"]
+
+
+@typed
+def weighted_mtp_loss(
+    logits: Float[Tensor, "batch seq heads vocab"] | Float[Tensor, "batch seq vocab"],
+    labels: Int64[Tensor, "batch seq"] | Int64[Tensor, "batch seq heads"],
+    weights: Weights = None,
+    *,
+    offsets: Offsets | None = None,
+    head_weights: HeadWeights = None,
+    normalizer: Normalizer = "weights",
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted multi-token prediction loss from logits.
+
+    ``loss = Σ_h λ_h Σ_{b,t} w[b,t,h] ℓ[b,t,h] / Z`` where ``ℓ[b,t,h]`` is the cross entropy of head
+    ``h`` at position ``t`` on token ``x[b, t + offsets[h]]``. With one head and no weights it is
+    ``F.cross_entropy``'s mean.
+
+    Args:
+        logits: ``[batch seq heads vocab]``, or ``[batch seq vocab]`` meaning one head. Positions
+            without a target may hold anything, NaN included: their gradient is exactly 0.
+        labels: ``[batch seq]`` int64, unshifted: entry ``j`` is token ``x_j``, aligned here with
+            ``offsets``; or ``[batch seq heads]`` from ``mtp_targets``, which packed rows need.
+        weights: ``None`` (ones); ``[batch seq]``, indexed by token and aligned here with ``offsets``;
+            ``[batch seq heads]``, aligned with the logits; or a function
+            ``(token_ce, valid) -> [batch seq heads]``, called with the detached plain cross entropy,
+            such as ``partial(rho1_weights, reference_nll=nll)``. Tensors that require grad get one.
+        offsets: which token each head predicts, ``1, …, heads`` by default.
+        head_weights: ``λ``, one per head, used as given: ``(1, 0.1, 0.1, 0.1)`` is next-token loss
+            plus 0.1 times each extra head's. ``1 / heads`` each by default.
+        normalizer: the denominator ``Z``. ``"weights"``: a weighted mean, the scale of ``w`` is
+            immaterial. ``"tokens"``: the number of valid predictions per head. A number or 0-d tensor,
+            such as ``num_items_in_batch``: one count over the whole accumulation window and all
+            ranks, so that micro-batches add up to the gradient of the whole. Signed weights need one
+            of the last two.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1], as in ``F.cross_entropy``.
+        z_loss: coefficient of ``lse²``, at least 0.
+        softcap: positive bound of the logits, ``softcap · tanh(logits / softcap)``, or ``None``.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits). 0, connected to the graph, with gradients of 0
+        where the denominator is 0: nothing valid, or all weights 0.
+
+    Raises:
+        ValueError: shapes that do not fit, numbers out of range, and on the CPU a valid label
+            outside the vocabulary (an ``IndexError`` too).
+        TypeError: arguments of another type, dtype or number of axes.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 4, 2, 8, requires_grad=True)
+        >>> labels = torch.tensor([[1, 2, 3, 4]])
+        >>> loss = weighted_mtp_loss(logits, labels, torch.tensor([[0.0, 1.0, 2.0, 0.5]]))
+        >>> loss.backward()
+        >>> loss  # log 8
+        tensor(2.0794, grad_fn=<SumBackward0>)
+
+    Source: multi-token prediction: arXiv:2404.19737, equation 2; token weights: Rho-1,
+    arXiv:2404.07965, equation 4.
+    """
+    objective = Objective(label_smoothing, z_loss, softcap).checked()
+    found = predict(logits, labels, offsets, ignore_index, objective)
+    return _weigh(found, weights, offsets, head_weights, normalizer)[0]
+
+
+@typed
+def linear_weighted_mtp_loss(
+    hidden: Float[Tensor, "batch seq heads dim"] | Float[Tensor, "batch seq dim"],
+    unembedding: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, "batch seq"] | Int64[Tensor, "batch seq heads"],
+    weights: Weights = None,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    offsets: Offsets | None = None,
+    head_weights: HeadWeights = None,
+    normalizer: Normalizer = "weights",
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    slab_bytes: int | None = None,
+) -> Float[Tensor, ""]:
+    """``weighted_mtp_loss`` on ``hidden @ unembedding.T + bias``, never holding the logits.
+
+    One call covers all heads and gives one gradient of the unembedding. Predictions without a target
+    enter no product; in the backward pass neither do those of weight 0.
+
+    Args:
+        hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.
+        unembedding: ``[vocab dim]``, of the same dtype.
+        labels: as in ``weighted_mtp_loss``, and so are all that follow but the next and the last.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        bias: ``[vocab]``, or ``None``.
+        offsets: which token each head predicts.
+        head_weights: ``λ``.
+        normalizer: ``"weights"``, ``"tokens"`` or a count.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1].
+        z_loss: coefficient of ``lse²``.
+        softcap: positive bound of the logits, or ``None``.
+        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default; at least one row.
+
+    Returns:
+        A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,
+        unembedding, bias and weights, whichever require them.
+
+    Raises:
+        ValueError: as ``weighted_mtp_loss`` and ``linear_mtp_ce_loss``.
+        TypeError: arguments of another type, dtype or number of axes.
+
+    Example:
+        >>> import torch
+        >>> hidden, unembedding = torch.zeros(1, 4, 2, 3), torch.zeros(8, 3)
+        >>> linear_weighted_mtp_loss(hidden, unembedding, torch.tensor([[1, 2, 3, 4]]))  # log 8
+        tensor(2.0794)
+
+    Source: as ``weighted_mtp_loss``; the schedule: arXiv:2411.09009, section 4.
+    """
+    objective = Objective(label_smoothing, z_loss, softcap).checked()
+    found = linear_predict(
+        hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
+    )
+    return _weigh(found, weights, offsets, head_weights, normalizer)[0]
+
+
+@typed
+def weighted_mtp_loss_and_stats(
+    logits: Float[Tensor, "batch seq heads vocab"] | Float[Tensor, "batch seq vocab"],
+    labels: Int64[Tensor, "batch seq"] | Int64[Tensor, "batch seq heads"],
+    weights: Weights = None,
+    *,
+    offsets: Offsets | None = None,
+    head_weights: HeadWeights = None,
+    normalizer: Normalizer = "weights",
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, ""], MTPLossStats]:
+    """``weighted_mtp_loss`` and what the same pass knows of every head.
+
+    Args:
+        logits: as in ``weighted_mtp_loss``, and so are the others.
+        labels: ``[batch seq]`` or ``[batch seq heads]``.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        offsets: which token each head predicts.
+        head_weights: ``λ``.
+        normalizer: ``"weights"``, ``"tokens"`` or a count.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1].
+        z_loss: coefficient of ``lse²``.
+        softcap: positive bound of the logits, or ``None``.
+
+    Returns:
+        The loss and ``MTPLossStats``: detached sums and counts, to be added over micro-batches and
+        ranks before dividing.
+
+    Raises:
+        ValueError: as ``weighted_mtp_loss``.
+        TypeError: as ``weighted_mtp_loss``.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([[0, 0, 0, 1]])
+        >>> loss, stats = weighted_mtp_loss_and_stats(torch.zeros(1, 4, 2, 8), labels)
+        >>> stats.head_accuracy / stats.token_count  # ties go to the first token, 0
+        tensor([0.6667, 0.5000])
+
+    Source: as ``weighted_mtp_loss``.
+    """
+    objective = Objective(label_smoothing, z_loss, softcap).checked()
+    found = predict(logits, labels, offsets, ignore_index, objective, with_correct=True)
+    loss, used = _weigh(found, weights, offsets, head_weights, normalizer)
+    return loss, _stats(found, used)
+
+
+@typed
+def linear_weighted_mtp_loss_and_stats(
+    hidden: Float[Tensor, "batch seq heads dim"] | Float[Tensor, "batch seq dim"],
+    unembedding: Float[Tensor, "vocab dim"],
+    labels: Int64[Tensor, "batch seq"] | Int64[Tensor, "batch seq heads"],
+    weights: Weights = None,
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    offsets: Offsets | None = None,
+    head_weights: HeadWeights = None,
+    normalizer: Normalizer = "weights",
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    slab_bytes: int | None = None,
+) -> tuple[Float[Tensor, ""], MTPLossStats]:
+    """``linear_weighted_mtp_loss`` and what the same pass knows of every head.
+
+    Args:
+        hidden: as in ``linear_weighted_mtp_loss``, and so are the others.
+        unembedding: ``[vocab dim]``.
+        labels: ``[batch seq]`` or ``[batch seq heads]``.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        bias: ``[vocab]``, or ``None``.
+        offsets: which token each head predicts.
+        head_weights: ``λ``.
+        normalizer: ``"weights"``, ``"tokens"`` or a count.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1].
+        z_loss: coefficient of ``lse²``.
+        softcap: positive bound of the logits, or ``None``.
+        slab_bytes: how many bytes of logits to hold at once.
+
+    Returns:
+        The loss and ``MTPLossStats``, as ``weighted_mtp_loss_and_stats``.
+
+    Raises:
+        ValueError: as ``linear_weighted_mtp_loss``.
+        TypeError: as ``linear_weighted_mtp_loss``.
+
+    Example:
+        >>> import torch
+        >>> hidden, unembedding = torch.zeros(1, 4, 2, 3), torch.zeros(8, 3)
+        >>> labels = torch.tensor([[1, 2, 3, 4]])
+        >>> loss, stats = linear_weighted_mtp_loss_and_stats(hidden, unembedding, labels)
+        >>> stats.token_count
+        tensor([3., 2.])
+
+    Source: as ``linear_weighted_mtp_loss``.
+    """
+    objective = Objective(label_smoothing, z_loss, softcap).checked()
+    found = linear_predict(
+        hidden,
+        unembedding,
+        labels,
+        bias,
+        offsets,
+        ignore_index,
+        objective,
+        slab_bytes,
+        with_correct=True,
+    )
+    loss, used = _weigh(found, weights, offsets, head_weights, normalizer)
+    return loss, _stats(found, used)
+
+
+@typed
+def weighted_mean(
+    token_ce: Float[Tensor, "batch seq heads"],
+    weights: Float[Tensor, "batch seq heads"] | None,
+    valid: Bool[Tensor, "batch seq heads"],
+    *,
+    head_weights: HeadWeights = None,
+    normalizer: Normalizer = "weights",
+) -> Float[Tensor, ""]:
+    """Reduce per-prediction values to the loss: the only place where a denominator is chosen.
+
+    ``Σ_h λ_h Σ_{b,t} w · ℓ / Z``, with ``Z`` and ``λ`` as in ``weighted_mtp_loss``.
+
+    Args:
+        token_ce: ``[batch seq heads]`` values, such as ``mtp_ce_loss(..., reduction="none")``.
+        weights: ``[batch seq heads]``, or ``None`` for ones.
+        valid: ``[batch seq heads]``; elsewhere values and weights may be anything, NaN included.
+        head_weights: ``λ``, one per head.
+        normalizer: ``"weights"``, ``"tokens"`` or a count.
+
+    Returns:
+        A scalar, float32 or wider, differentiable in values and weights; 0 if ``Z`` is 0.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative count.
+        TypeError: arguments of another type, dtype or number of axes.
+
+    Example:
+        >>> import torch
+        >>> ce, valid = torch.tensor([[[1.0], [3.0]]]), torch.ones(1, 2, 1, dtype=torch.bool)
+        >>> weighted_mean(ce, torch.tensor([[[3.0], [1.0]]]), valid)
+        tensor(1.5000)
+
+    Source: arXiv:2404.07965, equation 4, for ``normalizer="tokens"`` and weights of mean one.
+    """
+    _checks.rank_in("token_ce", token_ce, (3,), "[batch seq heads]")
+    _checks.same_shape("valid", valid, "token_ce", token_ce)
+    _checks.same_device(token_ce=token_ce, weights=weights, valid=valid)
+    values = torch.where(valid, wide(token_ce), 0)
+    used = valid.to(values.dtype)
+    if weights is not None:
+        _checks.same_shape("weights", weights, "token_ce", token_ce)
+        used = torch.where(valid, wide(weights), 0)
+    heads = token_ce.shape[2]
+    per_head = (used * values).sum((0, 1))
+    if normalizer == "weights":
+        whole = used.sum() / heads
+    elif normalizer == "tokens":
+        whole = valid.sum() / heads
+    else:
+        whole = _count(normalizer, per_head)
+    empty = whole == 0
+    share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
+    return (_head_weights(head_weights, per_head) * per_head * share).sum()
+
+
+def _weigh(
+    found: Predictions,
+    weights: Tensor | WeightFunction | None,
+    offsets: Offsets | None,
+    head_weights: HeadWeights,
+    normalizer: Normalizer,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the weights it used."""
+    used = _resolve_weights(weights, found, offsets)
+    loss = weighted_mean(
+        found.loss, used, found.valid, head_weights=head_weights, normalizer=normalizer
+    )
+    return loss, used
+
+
+def _resolve_weights(
+    weights: Tensor | WeightFunction | None, found: Predictions, offsets: Offsets | None
+) -> Tensor | None:
+    """Weights aligned with the predictions, from any of the four accepted forms."""
+    if weights is None:
+        return None
+    shape = found.valid.shape
+    if not isinstance(weights, Tensor):
+        made = weights(found.ce, found.valid)
+        if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
+        _checks.shape_is("the weights function's result", made, shape, "batch seq heads")
+        return made
+    _checks.rank_in("weights", weights, (2, 3), "[batch seq] or [batch seq heads]")
+    _checks.same_device(predictions=found.valid, weights=weights)
+    if weights.dim() == 2:
+        _checks.shape_is("weights", weights, shape[:2], "batch seq")
+        return align_to_heads(weights, offsets_for(offsets, shape[2], "the predictions"))
+    _checks.shape_is("weights", weights, shape, "batch seq heads")
+    return weights
+
+
+def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
+    """A caller's denominator as a 0-d tensor."""
+    if isinstance(normalizer, Tensor):
+        _checks.shape_is("normalizer", normalizer, (), "")
+        return normalizer.detach().to(like)
+    if isinstance(normalizer, str):
+        raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
+    _checks.in_range("normalizer", normalizer, 0.0, math.inf, open_high=True)
+    return like.new_tensor(normalizer)
+
+
+def _head_weights(head_weights: HeadWeights, per_head: Tensor) -> Tensor:
+    heads = len(per_head)
+    if head_weights is None:
+        return per_head.new_full((heads,), 1 / heads)
+    if not isinstance(head_weights, Tensor):
+        for weight in head_weights:
+            _checks.in_range("head_weights", weight, 0.0, open_high=True)
+        head_weights = per_head.new_tensor(head_weights)
+    _checks.shape_is("head_weights", head_weights, (heads,), "heads")
+    return head_weights.to(per_head)
+
+
+def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:
+    valid = found.valid
+    loss = found.loss.detach()
+    used = valid.to(loss.dtype)
+    if weights is not None:
+        used = torch.where(valid, weights.detach().to(loss.dtype), 0)
+    correct = found.correct if found.correct is not None else torch.zeros_like(valid)
+    sums = rearrange(
+        [used * loss, correct.to(loss.dtype), used, valid.to(loss.dtype)],
+        "quantity batch seq heads -> quantity heads (batch seq)",
+    ).sum(-1)
+    return MTPLossStats(found.ce, sums[0], sums[1], sums[2], sums[3])

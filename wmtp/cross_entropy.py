@@ -41,9 +41,9 @@ class Objective(NamedTuple):
         return self
 
     @property
-    def is_plain(self) -> bool:
-        """Whether ``ℓ`` is the plain cross entropy."""
-        return self.label_smoothing == 0 and self.z_loss == 0
+    def numbers(self) -> tuple[float, float, float]:
+        """The three as plain floats; a softcap of 0 means none."""
+        return float(self.label_smoothing), float(self.z_loss), float(self.softcap or 0.0)
 
 
 class Predictions(NamedTuple):

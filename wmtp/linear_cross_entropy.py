@@ -1,15 +1,12 @@
 """Cross entropy straight from hidden states and unembedding, never holding the logits.
 
-The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bias``. The forward pass
-walks over slabs of rows and keeps the cross entropy and log-sum-exp of each prediction; the backward
-pass recomputes, for the predictions whose upstream gradient is not zero, slabs of *vocabulary*, so
-that each slice of the unembedding gradient is written once, by one product over all rows. The
-schedule is in ``slabs.py``.
+The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bias``. What is computed
+when is in ``slabs.py``, how autograd and ``torch.compile`` see it in ``operators.py``.
 """
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, Int64, Shaped
+from jaxtyping import Bool, Float, Int, Int64, Shaped
 from torch import Tensor
 
 from wmtp import _checks
@@ -22,7 +19,8 @@ from wmtp.cross_entropy import (
     with_heads,
 )
 from wmtp.documents import shift_right
-from wmtp.slabs import linear_ce_rows, slab_budget
+from wmtp.operators import row_losses, weighted_row_sum
+from wmtp.slabs import Problem, Rows, slab_budget
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
 
@@ -43,9 +41,10 @@ def linear_mtp_ce_loss(
 ) -> Float[Tensor, ""] | Float[Tensor, "batch seq heads"]:
     """``mtp_ce_loss`` on ``hidden @ unembedding.T + bias``, with bounded memory.
 
-    Logits, log-sum-exp, cross entropy and both accumulated gradients are float32 (float64 for
-    float64 inputs); products run in the dtype of the inputs. Under autocast hidden states,
-    unembedding and bias are cast to its dtype first, as ``F.linear`` would.
+    Each product is rounded to the dtype of the inputs, as ``F.linear`` rounds it; all that follows
+    (softcap, log-sum-exp, cross entropy, the sums of both gradients) is float32, or float64 for
+    float64 inputs. Under autocast hidden states, unembedding and bias are cast to its dtype first, as
+    ``F.linear`` would.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head. Rows without a
@@ -81,9 +80,10 @@ def linear_mtp_ce_loss(
     Large-Vocabulary Language Models", arXiv:2411.09009.
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
-    found = linear_predict(
+    problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
+    found = linear_predict(problem, valid)
     return reduce_predictions(found, reduction)
 
 
@@ -143,13 +143,14 @@ def linear_token_nll(
         cu_seqlens=cu_seqlens,
     )
     objective = Objective(softcap=softcap).checked()
-    found = linear_predict(
+    problem, valid = linear_problem(
         hidden, unembedding, targets, bias, None, ignore_index, objective, slab_bytes
     )
+    found = linear_predict(problem, valid)
     return shift_right(found.loss[..., 0])
 
 
-def linear_predict(
+def linear_problem(
     hidden: Tensor,
     unembedding: Tensor,
     labels: Tensor,
@@ -158,10 +159,8 @@ def linear_predict(
     ignore_index: int,
     objective: Objective,
     slab_bytes: int | None,
-    *,
-    with_correct: bool = False,
-) -> Predictions:
-    """Everything the losses need of the predictions, as ``predict`` gives it for logits."""
+) -> tuple[Problem, Bool[Tensor, "batch seq heads"]]:
+    """Checked arguments as rows of one problem, and which predictions have a target."""
     hidden = with_heads("hidden", hidden, "dim")
     _checks.rank_in("unembedding", unembedding, (2,), "[vocab dim]")
     batch, seq, heads, dim = hidden.shape
@@ -190,22 +189,41 @@ def linear_predict(
         unembedding=unembedding,
         bias=bias,
     )
-    loss, ce, _, correct = linear_ce_rows(
-        rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim"),
-        unembedding,
-        bias,
-        rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)"),
-        objective.label_smoothing,
-        objective.z_loss,
-        objective.softcap or 0.0,
-        slab_budget(slab_bytes, vocab, hidden.dtype),
-        with_correct,
-    )
-    shape = (batch, seq, heads)
+    rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
+    target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")
+    budget = slab_budget(slab_bytes, vocab, hidden.dtype)
+    return Problem(rows, unembedding, bias, target, *objective.numbers, budget), valid
+
+
+def linear_predict(
+    problem: Problem, valid: Bool[Tensor, "batch seq heads"], *, with_correct: bool = False
+) -> Predictions:
+    """Everything the losses need of the predictions, as ``predict`` gives it for logits."""
+    rows = row_losses(problem, with_correct)
+    return _predictions(rows, problem, valid, with_correct)
+
+
+def linear_weighted_sum(
+    problem: Problem,
+    valid: Bool[Tensor, "batch seq heads"],
+    factors: Float[Tensor, "batch seq heads"],
+    *,
+    with_stats: bool = False,
+) -> tuple[Float[Tensor, ""], Predictions]:
+    """``Σ factor · ℓ`` for factors that do not depend on ``ℓ``, with its gradients in one pass.
+
+    The predictions are detached, and without ``with_stats`` known only where the factor is not 0.
+    """
+    flat = rearrange(factors, "batch seq heads -> (batch seq heads)")
+    total, rows = weighted_row_sum(problem, flat, with_stats, with_stats)
+    return total, _predictions(rows, problem, valid, with_stats)
+
+
+def _predictions(rows: Rows, problem: Problem, valid: Tensor, with_correct: bool) -> Predictions:
     return Predictions(
-        loss=loss.view(shape),
-        ce=ce.detach().view(shape),
-        correct=correct.view(shape) if with_correct else None,
+        loss=rows.loss.view(valid.shape),
+        ce=rows.ce.detach().view(valid.shape),
+        correct=rows.correct.view(valid.shape) if with_correct else None,
         valid=valid,
-        target=torch.where(valid, targets, 0),
+        target=problem.target.clamp(min=0).view(valid.shape),
     )

@@ -21,7 +21,8 @@ from torch import Tensor
 from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
-from wmtp.linear_cross_entropy import linear_predict
+from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
+from wmtp.slabs import Problem
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
 
 
@@ -172,10 +173,10 @@ def linear_weighted_mtp_loss(
     Source: as ``weighted_mtp_loss``; the schedule: arXiv:2411.09009, section 4.
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
-    found = linear_predict(
+    problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    return _weigh(found, weights, offsets, head_weights, normalizer)[0]
+    return _weigh_linear(problem, valid, weights, offsets, head_weights, normalizer)[0]
 
 
 @typed
@@ -281,18 +282,12 @@ def linear_weighted_mtp_loss_and_stats(
     Source: as ``linear_weighted_mtp_loss``.
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
-    found = linear_predict(
-        hidden,
-        unembedding,
-        labels,
-        bias,
-        offsets,
-        ignore_index,
-        objective,
-        slab_bytes,
-        with_correct=True,
+    problem, valid = linear_problem(
+        hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    loss, used = _weigh(found, weights, offsets, head_weights, normalizer)
+    loss, used, found = _weigh_linear(
+        problem, valid, weights, offsets, head_weights, normalizer, with_stats=True
+    )
     return loss, _stats(found, used)
 
 
@@ -335,21 +330,7 @@ def weighted_mean(
     _checks.same_shape("valid", valid, "token_ce", token_ce)
     _checks.same_device(token_ce=token_ce, weights=weights, valid=valid)
     values = torch.where(valid, wide(token_ce), 0)
-    used = valid.to(values.dtype)
-    if weights is not None:
-        _checks.same_shape("weights", weights, "token_ce", token_ce)
-        used = torch.where(valid, wide(weights), 0)
-    heads = token_ce.shape[2]
-    per_head = (used * values).sum((0, 1))
-    if normalizer == "weights":
-        whole = used.sum() / heads
-    elif normalizer == "tokens":
-        whole = valid.sum() / heads
-    else:
-        whole = _count(normalizer, per_head)
-    empty = whole == 0
-    share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
-    return (_head_weights(head_weights, per_head) * per_head * share).sum()
+    return (_factors(weights, valid, head_weights, normalizer, values.dtype) * values).sum()
 
 
 def _weigh(
@@ -359,34 +340,84 @@ def _weigh(
     head_weights: HeadWeights,
     normalizer: Normalizer,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the weights it used."""
-    used = _resolve_weights(weights, found, offsets)
+    """The loss of predictions, and the weights it used."""
+    if callable(weights):
+        used = _call_weights(weights, found)
+    else:
+        used = _align_weights(weights, found.valid, offsets)
     loss = weighted_mean(
         found.loss, used, found.valid, head_weights=head_weights, normalizer=normalizer
     )
     return loss, used
 
 
-def _resolve_weights(
-    weights: Tensor | WeightFunction | None, found: Predictions, offsets: Offsets | None
-) -> Tensor | None:
-    """Weights aligned with the predictions, from any of the four accepted forms."""
+def _weigh_linear(
+    problem: Problem,
+    valid: Tensor,
+    weights: Tensor | WeightFunction | None,
+    offsets: Offsets | None,
+    head_weights: HeadWeights,
+    normalizer: Normalizer,
+    *,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Predictions]:
+    """The loss of a linear problem, the weights it used, and what was found on the way.
+
+    Weights that are known make gradients in the forward pass, three products in all; weights that
+    wait for the cross entropy need a fourth, to recompute the logits of what they leave.
+    """
+    if callable(weights):
+        found = linear_predict(problem, valid, with_correct=with_stats)
+        return *_weigh(found, weights, offsets, head_weights, normalizer), found
+    used = _align_weights(weights, valid, offsets)
+    factors = _factors(used, valid, head_weights, normalizer, problem.wide)
+    loss, found = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
+    return loss, used, found
+
+
+def _factors(
+    weights: Tensor | None,
+    valid: Tensor,
+    head_weights: HeadWeights,
+    normalizer: Normalizer,
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch seq heads"]:
+    """What each prediction's value counts in the loss: ``λ_h · w / Z``, 0 where not valid."""
+    heads = valid.shape[2]
+    used = valid.to(dtype)
+    if weights is not None:
+        _checks.same_shape("weights", weights, "the predictions", valid)
+        used = torch.where(valid, weights.to(dtype), 0)
+    if normalizer == "weights":
+        whole = used.sum() / heads
+    elif normalizer == "tokens":
+        whole = valid.sum().to(dtype) / heads
+    else:
+        whole = _count(normalizer, used)
+    empty = whole == 0
+    share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
+    return used * (_head_weights(head_weights, used) * share)
+
+
+def _call_weights(function: WeightFunction, found: Predictions) -> Tensor:
+    made = function(found.ce, found.valid)
+    if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
+    _checks.shape_is("the weights function's result", made, found.valid.shape, "batch seq heads")
+    return made
+
+
+def _align_weights(weights: Tensor | None, valid: Tensor, offsets: Offsets | None) -> Tensor | None:
+    """Weights of predictions from weights of tokens, or as they are."""
     if weights is None:
         return None
-    shape = found.valid.shape
-    if not isinstance(weights, Tensor):
-        made = weights(found.ce, found.valid)
-        if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
-        _checks.shape_is("the weights function's result", made, shape, "batch seq heads")
-        return made
     _checks.rank_in("weights", weights, (2, 3), "[batch seq] or [batch seq heads]")
-    _checks.same_device(predictions=found.valid, weights=weights)
-    if weights.dim() == 2:
-        _checks.shape_is("weights", weights, shape[:2], "batch seq")
-        return align_to_heads(weights, offsets_for(offsets, shape[2], "the predictions"))
-    _checks.shape_is("weights", weights, shape, "batch seq heads")
-    return weights
+    _checks.same_device(predictions=valid, weights=weights)
+    if weights.dim() == 3:
+        _checks.shape_is("weights", weights, valid.shape, "batch seq heads")
+        return weights
+    _checks.shape_is("weights", weights, valid.shape[:2], "batch seq")
+    return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "the predictions"))
 
 
 def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
@@ -400,16 +431,16 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
     return like.new_tensor(normalizer)
 
 
-def _head_weights(head_weights: HeadWeights, per_head: Tensor) -> Tensor:
-    heads = len(per_head)
+def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
+    heads = like.shape[2]
     if head_weights is None:
-        return per_head.new_full((heads,), 1 / heads)
+        return like.new_full((heads,), 1 / heads)
     if not isinstance(head_weights, Tensor):
         for weight in head_weights:
             _checks.in_range("head_weights", weight, 0.0, open_high=True)
-        head_weights = per_head.new_tensor(head_weights)
+        head_weights = like.new_tensor(head_weights)
     _checks.shape_is("head_weights", head_weights, (heads,), "heads")
-    return head_weights.to(per_head)
+    return head_weights.to(like)
 
 
 def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:

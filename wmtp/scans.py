@@ -48,8 +48,9 @@ def scan_trained(
 
     Untrained tokens in between hand on what they get; the result is 0 at them.
     """
-    coefficients = torch.where(tracks.trained, decay, 1.0) * tracks.inner
-    out = reverse_scan(terms, coefficients.to(terms.dtype))
+    # Filled in the dtype of the terms: a Python number in `where` would be rounded to float32.
+    coefficients = torch.ones_like(terms).masked_fill(tracks.trained, decay)
+    out = reverse_scan(terms, coefficients.masked_fill(~tracks.inner, 0))
     return torch.where(tracks.trained, out, 0)
 
 

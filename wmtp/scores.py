@@ -281,7 +281,8 @@ def predictive_entropy(
 
     Source: Wang et al., "Beyond the 80/20 Rule", arXiv:2506.01939, equation 1.
     """
-    scores = capped(wide(with_heads("logits", logits, "vocab")), softcap)
+    objective = Objective(softcap=softcap).checked()
+    scores = capped(wide(with_heads("logits", logits, "vocab")), objective.softcap)
     p = scores.softmax(-1)
     return -torch.xlogy(p, p).sum(-1)
 
@@ -342,7 +343,7 @@ def _deltas(
     following = tracks.trained & tracks.continues
     before = torch.where(following, shift_right(values), 0)
     if initial_value != "first":
-        before = torch.where(first, initial_value, before)
+        before = before.masked_fill(first, initial_value)
     after = torch.where(tracks.trained, values, 0)
     earned = torch.zeros_like(after)
     if rewards is not None:

@@ -1,285 +1,364 @@
-"""The schedule of the linear losses: which slab of logits is computed when, and kept how long.
+"""The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
-Two custom operators, opaque to ``torch.compile``: the forward pass over slabs of rows, and its
-gradient over slabs of vocabulary. Rows without a target (``target < 0``) enter no product.
+Three walks over the same matrix of logits, none of which holds more of it than a slab:
+
+* ``forward_rows``: slabs of rows, loss and log-sum-exp of each. One product.
+* ``backward_columns``: the gradient for any upstream gradient, given the log-sum-exp. Slabs of
+  vocabulary, so that each slice of the unembedding gradient is written once. Three products.
+* ``forward_backward_rows``: both at once, for a factor per row that is known beforehand. Slabs of
+  rows. Three products in all, for the rows whose factor is not zero.
+
+Rows without a target (``target < 0``) enter no product. Plain functions of tensors: gradients and
+``torch.compile`` are the business of ``operators.py``.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 DEFAULT_SLAB_BYTES = 64 * 2**20
-# Slabs of vocabulary narrower than this waste the matrix units; more rows are blocked instead.
+# Rows are finished in tiles that stay in the cache between the passes of a softmax.
+_TILE_BYTES = 2**20
+# How much of the vocabulary is multiplied at a time where the result must be widened.
+_PART_COLUMNS = 4096
+# Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
+
+
+class Rows(NamedTuple):
+    """What is known of each row, 0 (or false) where nothing was computed; all ``[rows]``.
+
+    Attributes:
+        loss: the objective.
+        ce: the plain cross entropy.
+        lse: the log-sum-exp of the logits.
+        correct: whether the target is the first most probable token.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    lse: Tensor
+    correct: Tensor
+
+
+class Problem(NamedTuple):
+    """The logits that nobody holds, ``hidden @ unembedding.T + bias``, and what is asked of them.
+
+    Attributes:
+        hidden: ``[rows dim]``.
+        unembedding: ``[vocab dim]``, same dtype.
+        bias: ``[vocab]``, same dtype, or ``None``.
+        target: ``[rows]`` int64, negative where there is none.
+        label_smoothing: see ``cross_entropy.Objective``.
+        z_loss: see there.
+        softcap: see there; 0 means none.
+        slab_bytes: budget for the logits held at once.
+    """
+
+    hidden: Tensor
+    unembedding: Tensor
+    bias: Tensor | None
+    target: Tensor
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    slab_bytes: int
+
+    @property
+    def vocab(self) -> int:
+        return self.unembedding.shape[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything that is summed."""
+        return wide_dtype(self.hidden.dtype)
+
+    @property
+    def cells(self) -> int:
+        """How many logits fit into the budget."""
+        return max(1, self.slab_bytes // _bytes_per_logit(self.hidden.dtype))
+
+    def empty_rows(self) -> Rows:
+        """Zeros to be filled in."""
+        size = len(self.target)
+        loss, ce, lse = (self.hidden.new_zeros(size, dtype=self.wide) for _ in range(3))
+        return Rows(loss, ce, lse, self.hidden.new_zeros(size, dtype=torch.bool))
+
+
+class Gradients(NamedTuple):
+    """For ``hidden``, ``unembedding`` and ``bias``, in their dtype; empty where not needed.
+
+    They are still to be multiplied with ``unit``, see ``_split_unit``.
+    """
+
+    hidden: Tensor
+    unembedding: Tensor
+    bias: Tensor
+    unit: Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def slab_budget(slab_bytes: int | None, vocab: int, dtype: torch.dtype) -> int:
     """Bytes of logits that may be held at once, refused if not even one row fits."""
+    row = vocab * _bytes_per_logit(dtype)
     if slab_bytes is None:
-        return max(DEFAULT_SLAB_BYTES, vocab * _bytes_per_logit(dtype))
-    if slab_bytes < vocab * _bytes_per_logit(dtype):
+        return max(DEFAULT_SLAB_BYTES, row)
+    if slab_bytes < row:
         raise ValueError(
-            f"slab_bytes must hold at least one row of logits, "
-            f"{vocab * _bytes_per_logit(dtype)} bytes for a vocabulary of {vocab}, got {slab_bytes}"
+            f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "
+            f"{vocab}, got {slab_bytes}"
         )
     return slab_bytes
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def forward_rows(problem: Problem, with_correct: bool) -> Rows:
+    """Loss, cross entropy and log-sum-exp of every row that has a target."""
+    found = problem.empty_rows()
+    # One deliberate synchronisation: rows without a target are left out of the product.
+    active = (problem.target >= 0).nonzero().squeeze(1)
+    for block, logits in _row_slabs(problem, active):
+        _finish_rows(problem, block, logits, found, with_correct, None)
+    return found
+
+
+def forward_backward_rows(
+    problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
+) -> tuple[Rows, Gradients]:
+    """Rows, and the gradients of ``Σ factor · loss`` for hidden states, unembedding and bias.
+
+    Rows of factor 0 are left out of everything, or with ``every_row`` only of the gradients.
+    """
+    found = problem.empty_rows()
+    has_target = problem.target >= 0
+    weighted = has_target & (factor != 0)
+    active = weighted.nonzero().squeeze(1)
+    factor, unit = _split_unit(problem, factor, active)
+    hidden, weight = problem.hidden, problem.unembedding
+    of_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+    of_weight = weight.new_zeros(weight.shape if needs[1] else 0, dtype=problem.wide)
+    of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
+    for block, logits in _row_slabs(problem, active):
+        _finish_rows(problem, block, logits, found, with_correct, factor)
+        x, row = hidden[block], _row_scale(problem, factor[block])
+        if needs[0]:
+            of_hidden[block] = _scaled(logits @ weight, row)
+        if needs[1]:
+            _add_products(of_weight, logits, _scaled(x, row))
+        if needs[2]:
+            of_bias += _column_sums(logits, row)
+    if every_row:
+        for block, logits in _row_slabs(problem, (has_target & ~weighted).nonzero().squeeze(1)):
+            _finish_rows(problem, block, logits, found, with_correct, None)
+    return found, Gradients(of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype), unit)
+
+
+def backward_columns(
+    problem: Problem, upstream: Tensor, lse: Tensor, needs: list[bool]
+) -> Gradients:
+    """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary."""
+    active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
+    factor, unit = _split_unit(problem, upstream, active)
+    factor, wanted, lse = factor[active], problem.target[active], lse[active]
+    x, weight = problem.hidden[active], problem.unembedding
+    of_x = x.new_zeros(x.shape if needs[0] else 0, dtype=problem.wide)
+    of_weight = weight.new_zeros(weight.shape if needs[1] else 0)
+    of_bias = weight.new_zeros(problem.vocab if needs[2] else 0)
+    rows, columns = _tile_shape(len(active), problem)
+    slab = x.new_empty(rows * columns)
+    for first in range(0, problem.vocab, columns):
+        part = slice(first, min(first + columns, problem.vocab))
+        sum_weight = x.new_zeros(weight[part].shape if needs[1] else 0, dtype=problem.wide)
+        sum_bias = x.new_zeros(part.stop - first if needs[2] else 0, dtype=problem.wide)
+        for start in range(0, len(active), rows):
+            block = slice(start, min(start + rows, len(active)))
+            logits = slab[: (block.stop - start) * (part.stop - first)].view(block.stop - start, -1)
+            _product(problem, x[block], part, logits)
+            _finish_columns(problem, logits, wanted[block] - first, lse[block], factor[block])
+            row = _row_scale(problem, factor[block])
+            if needs[0]:
+                of_x[block] += _scaled(logits @ weight[part], row)
+            if needs[1]:
+                _add_products(sum_weight, logits, _scaled(x[block], row))
+            if needs[2]:
+                sum_bias += _column_sums(logits, row)
+        if needs[1]:
+            of_weight[part] = sum_weight.mul_(unit)
+        if needs[2]:
+            of_bias[part] = sum_bias.mul_(unit)
+    of_hidden = torch.zeros_like(problem.hidden) if needs[0] else x.new_empty(0)
+    if needs[0]:
+        of_hidden[active] = of_x.mul_(unit).to(x.dtype)
+    return Gradients(of_hidden, of_weight, of_bias, torch.ones_like(unit))
+
+
+def _row_slabs(problem: Problem, active: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Indices of a block of the active rows and its logits, in one buffer used again and again."""
+    step = max(1, problem.cells // problem.vocab)
+    slab = problem.hidden.new_empty(min(step, len(active)), problem.vocab)
+    for start in range(0, len(active), step):
+        block = active[start : start + step]
+        logits = slab[: len(block)]
+        _product(problem, problem.hidden[block], slice(0, problem.vocab), logits)
+        yield block, logits
+
+
+def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
+    weight = problem.unembedding[part].T
+    if problem.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(problem.bias[part], x, weight, out=out)
+
+
+def _finish_rows(
+    problem: Problem,
+    block: Tensor,
+    logits: Tensor,
+    found: Rows,
+    with_correct: bool,
+    factor: Tensor | None,
+) -> None:
+    """Softmax of whole rows: write what is found, and with a factor the gradient over the logits."""
+    for tile in _row_tiles(logits):
+        rows = block[tile]
+        wanted = problem.target[rows].unsqueeze(1)
+        z, slope = _capped(problem, logits[tile].to(problem.wide), factor is not None)
+        peak, place = z.max(1, keepdim=True)
+        chosen = z.gather(1, wanted)
+        mean = z.mean(1, keepdim=True) if problem.label_smoothing else None
+        p = z.sub_(peak).exp_()
+        total = p.sum(1, keepdim=True)
+        lse = peak + total.log()
+        ce = lse - chosen
+        loss = ce if mean is None else torch.lerp(ce, lse - mean, problem.label_smoothing)
+        if problem.z_loss:
+            loss = loss + problem.z_loss * lse.square()
+        found.loss[rows], found.ce[rows], found.lse[rows] = (
+            column.squeeze(1) for column in (loss, ce, lse)
+        )
+        if with_correct:
+            found.correct[rows] = (place == wanted).squeeze(1)
+        if factor is not None:
+            p.mul_(total.reciprocal_())
+            _write_gradient(problem, p, wanted, lse, slope, factor[rows], logits[tile])
+
+
+def _finish_columns(
+    problem: Problem, logits: Tensor, wanted: Tensor, lse: Tensor, factor: Tensor
+) -> None:
+    """Write the gradient over a slab of vocabulary; ``wanted`` counts from its first column."""
+    for tile in _row_tiles(logits):
+        z, slope = _capped(problem, logits[tile].to(problem.wide), True)
+        row_lse = lse[tile].unsqueeze(1)
+        p = z.sub_(row_lse).exp_()
+        _write_gradient(
+            problem, p, wanted[tile].unsqueeze(1), row_lse, slope, factor[tile], logits[tile]
+        )
+
+
+def _write_gradient(
+    problem: Problem,
+    p: Tensor,
+    wanted: Tensor,
+    lse: Tensor,
+    slope: Tensor | None,
+    factor: Tensor,
+    out: Tensor,
+) -> None:
+    """Turn probabilities into ``dℓ/dz`` and write them to the slab.
+
+    ``dℓ/dz_v = (1 + 2 · z_loss · lse) p_v − (1 − ε) [v = y] − ε / V``, times the softcap's slope. In a
+    narrow dtype the row's factor goes in before the one rounding; otherwise it scales rows × dim of
+    the products instead, which is less work.
+    """
+    smoothing = problem.label_smoothing
+    if problem.z_loss:
+        p.mul_(1 + 2 * problem.z_loss * lse)
+    inside = (wanted >= 0) & (wanted < p.shape[1])
+    p.scatter_add_(1, torch.where(inside, wanted, 0), inside.to(p.dtype) * (smoothing - 1))
+    if smoothing:
+        p.sub_(smoothing / problem.vocab)
+    if slope is not None:
+        p.mul_(slope)
+    if p.dtype != out.dtype:
+        torch.mul(p, factor.unsqueeze(1), out=p)
+    if p.data_ptr() != out.data_ptr():
+        out.copy_(p)
+
+
+def _capped(problem: Problem, z: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Apply the softcap in place; with its derivative ``1 − tanh²`` if asked for."""
+    if not problem.softcap:
+        return z, None
+    z.div_(problem.softcap).tanh_()
+    slope = 1 - z.square() if with_slope else None
+    return z.mul_(problem.softcap), slope
+
+
+def _split_unit(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in the wide dtype; for float16 divided by a power of two, which is given too.
+
+    A factor of ``1/N`` would push ``p · factor`` into float16's subnormals. Divided by the unit the
+    active factors sum to at most 256, so that sums of them times hidden states do not overflow
+    either. The unit goes back in after the products, in float32, together with the upstream gradient,
+    which for float16 is usually a large loss scale.
+    """
+    factor = factor.to(problem.wide)
+    unit = factor.new_ones(())
+    if problem.hidden.dtype != torch.float16:
+        return factor, unit
+    total = factor[active].abs().sum()
+    unit = torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total)) - 7), unit)
+    return factor / unit, unit
+
+
+def _row_scale(problem: Problem, factor: Tensor) -> Tensor | None:
+    """What rows × dim are still to be multiplied with: see ``_write_gradient``."""
+    return factor.unsqueeze(1) if problem.hidden.dtype == problem.wide else None
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _add_products(total: Tensor, logits: Tensor, x: Tensor) -> None:
+    """``total += logits.T @ x``, with the sum in the dtype of ``total``."""
+    if total.dtype == logits.dtype:
+        total.addmm_(logits.T, x)
+        return
+    # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
+    for columns in range(0, logits.shape[1], _PART_COLUMNS):
+        part = slice(columns, columns + _PART_COLUMNS)
+        total[part] += logits[:, part].T @ x
+
+
+def _column_sums(logits: Tensor, row: Tensor | None) -> Tensor:
+    if row is None:
+        return logits.sum(0, dtype=wide_dtype(logits.dtype))
+    return torch.mv(logits.T, row.squeeze(1))
+
+
+def _row_tiles(logits: Tensor) -> Iterator[slice]:
+    """Slices of a few rows each, small enough for the cache."""
+    rows, columns = logits.shape
+    step = max(1, _TILE_BYTES // (columns * 4))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _tile_shape(rows: int, problem: Problem) -> tuple[int, int]:
+    """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them."""
+    cells = problem.cells
+    columns = min(problem.vocab, max(cells // max(rows, 1), min(_MIN_COLUMNS, cells)))
+    return max(1, min(rows, cells // columns)), columns
 
 
 def _bytes_per_logit(dtype: torch.dtype) -> int:
-    """A slab holds the product in the input dtype and, if that is narrow, its float32 copy."""
-    return dtype.itemsize if dtype.itemsize >= 4 else dtype.itemsize + 4
-
-
-@torch.library.custom_op("wmtp::linear_ce", mutates_args=())
-def linear_ce(
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    slab_bytes: int,
-    with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, plain cross entropy, log-sum-exp and top-1 hit of every row.
-
-    Args:
-        hidden: ``[rows dim]``.
-        unembedding: ``[vocab dim]``, same dtype.
-        bias: ``[vocab]`` or ``None``.
-        target: ``[rows]`` int64, negative where there is none.
-        label_smoothing: see ``Objective``.
-        z_loss: see ``Objective``.
-        softcap: see ``Objective``; 0 means none.
-        slab_bytes: budget for the logits held at once.
-        with_correct: whether to look for the most probable token.
-
-    Returns:
-        ``loss``, ``ce``, ``lse`` (float32 or wider) and ``correct`` (bool; empty if not asked for),
-        each ``[rows]``, 0 where there is no target. Only ``loss`` is differentiable.
-    """
-    rows, vocab = hidden.shape[0], unembedding.shape[0]
-    wide = _wide(hidden.dtype)
-    loss, ce, lse = (hidden.new_zeros(rows, dtype=wide) for _ in range(3))
-    correct = hidden.new_zeros(rows if with_correct else 0, dtype=torch.bool)
-    # One deliberate synchronisation: rows without a target are left out of the products.
-    active = (target >= 0).nonzero().squeeze(1)
-    step = max(1, slab_bytes // (vocab * _bytes_per_logit(hidden.dtype)))
-    slab = hidden.new_empty(min(step, len(active)), vocab)
-    for start in range(0, len(active), step):
-        block = active[start : start + step]
-        logits = _logits(hidden[block], unembedding, bias, softcap, slab[: len(block)])
-        wanted = target[block].unsqueeze(1)
-        chosen = logits.gather(1, wanted).squeeze(1)
-        if with_correct:
-            correct[block] = logits.argmax(1, keepdim=True).eq(wanted).squeeze(1)
-        mean = logits.mean(1) if label_smoothing else None
-        peak = logits.amax(1, keepdim=True)
-        # In place, so that the slab is all that is held.
-        block_lse = logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
-        block_ce = block_lse - chosen
-        block_loss = block_ce
-        if mean is not None:
-            block_loss = torch.lerp(block_ce, block_lse - mean, label_smoothing)
-        if z_loss:
-            block_loss = block_loss + z_loss * block_lse.square()
-        loss[block], ce[block], lse[block] = block_loss, block_ce, block_lse
-    return loss, ce, lse, correct
-
-
-@linear_ce.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    slab_bytes: int,
-    with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = hidden.shape[0]
-    loss, ce, lse = (hidden.new_empty(rows, dtype=_wide(hidden.dtype)) for _ in range(3))
-    return loss, ce, lse, hidden.new_empty(rows if with_correct else 0, dtype=torch.bool)
-
-
-@torch.library.custom_op("wmtp::linear_ce_backward", mutates_args=())
-def linear_ce_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    slab_bytes: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for hidden states, unembedding and bias; empty where not needed.
-
-    ``dℓ/dz_v = p_v · (1 + 2 · z_loss · lse) − (1 − ε) · [v = y] − ε / V``, times the upstream
-    gradient of the row and the slope of the softcap.
-    """
-    vocab, dim = unembedding.shape
-    wide = _wide(hidden.dtype)
-    active = ((target >= 0) & (grad != 0)).nonzero().squeeze(1)
-    x, upstream = hidden[active], grad[active].to(wide)
-    scale = _fp16_scale(upstream) if hidden.dtype == torch.float16 else None
-    upstream = upstream if scale is None else upstream / scale
-    wanted, row_lse = target[active], lse[active]
-    of_softmax = (upstream * (1 + 2 * z_loss * row_lse)).unsqueeze(1)
-    of_target = upstream * (1 - label_smoothing)
-    of_all = (upstream * (label_smoothing / vocab)).unsqueeze(1)
-
-    of_hidden = x.new_zeros(len(active) if needs[0] else 0, dim, dtype=wide)
-    of_unembedding = unembedding.new_empty(unembedding.shape if needs[1] else (0, dim))
-    of_bias = unembedding.new_empty(vocab if needs[2] else 0)
-    rows, columns = _tile(len(active), vocab, slab_bytes // _bytes_per_logit(hidden.dtype))
-    slab = hidden.new_empty(rows * columns)
-    for first in range(0, vocab, columns):
-        last = min(first + columns, vocab)
-        weight = unembedding[first:last]
-        part_bias = None if bias is None else bias[first:last]
-        total = x.new_zeros(last - first, dim, dtype=wide)
-        total_bias = x.new_zeros(last - first, dtype=wide)
-        for start in range(0, len(active), max(rows, 1)):
-            block = slice(start, min(start + rows, len(active)))
-            out = slab[: (block.stop - start) * (last - first)].view(-1, last - first)
-            logits = _logits(x[block], weight, part_bias, softcap, out)
-            slope = 1 - (logits / softcap).square() if softcap else None
-            p = logits.sub_(row_lse[block].unsqueeze(1)).exp_().mul_(of_softmax[block])
-            if label_smoothing:
-                p.sub_(of_all[block])
-            inside = (wanted[block] >= first) & (wanted[block] < last)
-            column = torch.where(inside, wanted[block] - first, 0).unsqueeze(1)
-            p.scatter_add_(1, column, torch.where(inside, -of_target[block], 0).unsqueeze(1))
-            if slope is not None:
-                p.mul_(slope)
-            if needs[2]:
-                total_bias += p.sum(0)
-            if not (needs[0] or needs[1]):
-                continue
-            narrow = p if p.dtype == hidden.dtype else out.copy_(p)
-            if needs[1]:
-                total += narrow.T @ x[block]
-            if needs[0]:
-                of_hidden[block] += narrow @ weight
-        if needs[1]:
-            of_unembedding[first:last] = total if scale is None else total.mul_(scale)
-        if needs[2]:
-            of_bias[first:last] = total_bias if scale is None else total_bias.mul_(scale)
-    scattered = hidden.new_zeros(hidden.shape if needs[0] else (0, dim))
-    if needs[0]:
-        of_hidden = of_hidden if scale is None else of_hidden.mul_(scale)
-        scattered[active] = of_hidden.to(hidden.dtype)
-    return scattered, of_unembedding, of_bias
-
-
-@linear_ce_backward.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    slab_bytes: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    vocab, dim = unembedding.shape
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0, dim)),
-        unembedding.new_empty(unembedding.shape if needs[1] else (0, dim)),
-        unembedding.new_empty(vocab if needs[2] else 0),
-    )
-
-
-def linear_ce_rows(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``linear_ce``, with a first-order gradient of its loss; the same arguments."""
-    return _LinearCE.apply(*inputs)  # pyright: ignore
-
-
-class _LinearCE(torch.autograd.Function):
-    """Honours the whole upstream gradient; skips the products of inputs that need no gradient."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return linear_ce(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, unembedding, bias, target, *options, _ = inputs
-        ctx.options = options
-        ctx.save_for_backward(hidden, unembedding, bias, target, output[2])
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:3])
-        hidden, unembedding, bias, target, lse = ctx.saved_tensors
-        # Dynamo cannot trace a Function inside a backward; compiled double backward fails anyway.
-        compiling = torch.compiler.is_compiling()
-        gradient: Any = linear_ce_backward if compiling else _LinearCEBackward.apply  # pyright: ignore
-        grads: tuple[Tensor, ...] = gradient(
-            grad_outputs[0], hidden, unembedding, bias, target, lse, *ctx.options, needs
-        )
-        wanted = (found if need else None for found, need in zip(grads, needs, strict=True))
-        return *wanted, None, None, None, None, None, None
-
-
-class _LinearCEBackward(torch.autograd.Function):
-    """``linear_ce_backward`` with a clear error instead of a gradient of its own."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return linear_ce_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the linear losses have first-order gradients only; for a second backward compute the "
-            "logits and call the dense form (mtp_ce_loss, weighted_mtp_loss)"
-        )
-
-
-def _fp16_scale(upstream: Tensor) -> Tensor:
-    """A power of two that keeps ``p · upstream`` out of float16's subnormals, 1/N included.
-
-    The upstream gradients, divided by it, sum to at most 2048 in absolute value, so that sums of them
-    times hidden states of ordinary size do not overflow either.
-    """
-    total = upstream.abs().sum()
-    return torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total)) - 10), 1)
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, out: Tensor) -> Tensor:
-    """One slab of logits, float32 or wider, that may be overwritten."""
-    if bias is None:
-        torch.mm(x, weight.T, out=out)
-    else:
-        torch.addmm(bias, x, weight.T, out=out)
-    logits = out.to(_wide(x.dtype))
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
-
-
-def _tile(rows: int, vocab: int, cells: int) -> tuple[int, int]:
-    """Rows and columns of a backward slab: all rows if enough columns are left for them."""
-    columns = min(vocab, max(cells // max(rows, 1), min(_MIN_COLUMNS, cells)))
-    return min(rows, max(1, cells // max(columns, 1))), max(columns, 1)
+    return dtype.itemsize

@@ -1,0 +1,262 @@
+"""The schedules of ``slabs.py`` as operators that autograd and ``torch.compile`` know.
+
+Three custom operators, opaque to the compiler and with fake implementations, and two functions with
+first-order gradients over them:
+
+* ``row_losses``: the loss of every row, for weights that depend on it or anything else behind it.
+* ``weighted_row_sum``: ``Σ factor · loss`` for factors known beforehand, gradients made on the way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wmtp.slabs import (
+    Gradients,
+    Problem,
+    Rows,
+    backward_columns,
+    forward_backward_rows,
+    forward_rows,
+    wide_dtype,
+)
+
+
+def row_losses(problem: Problem, with_correct: bool) -> Rows:
+    """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias."""
+    return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
+
+
+def weighted_row_sum(
+    problem: Problem, factor: Tensor, with_correct: bool, every_row: bool
+) -> tuple[Tensor, Rows]:
+    """``Σ factor · loss``, differentiable in the factor too, and the rows, detached.
+
+    Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
+    is the loss of the row.
+    """
+    grad = torch.is_grad_enabled()
+    bias = problem.bias
+    needs = [
+        grad and problem.hidden.requires_grad,
+        grad and problem.unembedding.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    ]
+    every_row = every_row or (grad and factor.requires_grad)
+    out: list[Tensor] = list(
+        _WeightedRowSum.apply(*problem, factor, with_correct, every_row, needs)  # pyright: ignore
+    )
+    return out[0], Rows(*out[1:5])
+
+
+@torch.library.custom_op("wmtp::row_losses", mutates_args=())
+def _row_losses(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    slab_bytes: int,
+    with_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
+    )
+    return forward_rows(problem, with_correct)
+
+
+@torch.library.custom_op("wmtp::row_losses_backward", mutates_args=())
+def _row_losses_backward(
+    upstream: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    slab_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(
+        hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
+    )
+    gradients = backward_columns(problem, upstream, lse, needs)
+    return gradients.hidden, gradients.unembedding, gradients.bias
+
+
+@torch.library.custom_op("wmtp::weighted_row_sum", mutates_args=())
+def _weighted_row_sum(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    slab_bytes: int,
+    factor: Tensor,
+    with_correct: bool,
+    every_row: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
+    )
+    if any(needs):
+        rows, gradients = forward_backward_rows(problem, factor, with_correct, every_row, needs)
+    else:
+        wanted = target if every_row else torch.where(factor != 0, target, -1)
+        rows = forward_rows(problem._replace(target=wanted), with_correct)
+        nothing = (hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0))
+        gradients = Gradients(*nothing, unit=rows.loss.new_ones(()))
+    # A row of factor 0 counts nothing, whatever it holds.
+    total = torch.where(factor != 0, factor.to(rows.loss.dtype) * rows.loss, 0).sum()
+    return total, *rows, *gradients  # pyright: ignore[reportReturnType]
+
+
+@_row_losses.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_rows(hidden)
+
+
+@_row_losses_backward.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(
+    upstream: Tensor, lse: Tensor, hidden: Tensor, unembedding: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(hidden, unembedding, rest[-1])
+
+
+@_weighted_row_sum.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(hidden: Tensor, unembedding: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    total = hidden.new_empty((), dtype=wide_dtype(hidden.dtype))
+    gradients = _fake_gradients(hidden, unembedding, rest[-1])
+    return total, *_fake_rows(hidden), *gradients, torch.empty_like(total)
+
+
+def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
+    rows = hidden.shape[0]
+    numbers = (hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(3))
+    return *numbers, hidden.new_empty(rows, dtype=torch.bool)
+
+
+def _fake_gradients(hidden: Tensor, unembedding: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        unembedding.new_empty(unembedding.shape if needs[1] else (0,)),
+        unembedding.new_empty(unembedding.shape[:1] if needs[2] else (0,)),
+    )
+
+
+class _RowLosses(torch.autograd.Function):
+    """Honours the whole upstream gradient; skips the products of inputs that need no gradient."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _row_losses(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, smoothing, z_loss, softcap, slab_bytes, _ = inputs
+        ctx.options = (smoothing, z_loss, softcap, slab_bytes)
+        ctx.save_for_backward(output[2], *tensors)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:3])
+        inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
+        # Dynamo cannot trace a Function inside a backward; it refuses double backward by itself.
+        if torch.compiler.is_compiling():
+            gradients: Any = _row_losses_backward(*inputs)
+        else:
+            gradients = _RowLossesBackward.apply(*inputs)  # pyright: ignore
+        return *_asked_for(gradients, needs), *[None] * 6
+
+
+class _RowLossesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _row_losses_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        raise RuntimeError(_ONCE)
+
+
+class _WeightedRowSum(torch.autograd.Function):
+    """Gradients made in the forward pass, to be scaled by the upstream gradient of the sum."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _weighted_row_sum(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, loss, _, _, _, *gradients_and_unit = output
+        ctx.save_for_backward(*inputs[:3], inputs[8], loss, *gradients_and_unit)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        hidden, unembedding, bias, factor, loss, *gradients, unit = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        upstream = grad_outputs[0]
+        scale = upstream * unit
+        scaled: tuple[Tensor, ...]
+        if torch.compiler.is_compiling():
+            scaled = _scaled(scale, *gradients)
+        elif torch.is_grad_enabled():
+            scaled = _Scale.apply(scale, hidden, unembedding, bias, factor, *gradients)  # pyright: ignore
+        else:
+            # Handed on uncopied only where the graph is not kept: the receiver may add in place.
+            as_is = not _graph_is_kept() and bool(scale == 1)
+            scaled = tuple(gradients) if as_is else _scaled(scale, *gradients)
+        of_factor = upstream * loss.to(factor.dtype) if needs[8] else None
+        return *_asked_for(scaled, needs[:3]), *[None] * 5, of_factor, None, None, None
+
+
+class _Scale(torch.autograd.Function):
+    """Products with the upstream gradient; tied to the inputs so that a second backward raises."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        scale, _, _, _, _, *gradients = inputs
+        return _scaled(scale, *gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        raise RuntimeError(_ONCE)
+
+
+def _scaled(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Products in the wide dtype, rounded once."""
+    return tuple((gradient * scale[None]).to(gradient.dtype) for gradient in gradients)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another; yes where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore
+    return tell is None or tell()
+
+
+def _asked_for(gradients: Any, needs: Any) -> tuple[Tensor | None, ...]:
+    return tuple(found if need else None for found, need in zip(gradients, needs, strict=True))
+
+
+_ONCE = (
+    "the linear losses have first-order gradients only; for a second backward compute the logits "
+    "and call the dense form (mtp_ce_loss, weighted_mtp_loss)"
+)

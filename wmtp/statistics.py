@@ -88,6 +88,9 @@ def weight_statistics(
     values = torch.where(used, entries, 0)
     mean = values.sum() / divisor
     variance = torch.where(used, values - mean, 0).square().sum() / divisor
+    # Divided by the largest: squares and sums of huge weights would overflow.
+    peak = torch.cat([values.abs(), values.new_zeros(1)]).amax()
+    scaled = values / torch.where(peak > 0, peak, 1)
     quantiles = _quantiles(entries, used, count, (0.0, 0.25, 0.5, 0.75, 0.95, 1.0))
     smallest, p25, p50, p75, p95, largest = quantiles.unbind()
     return WeightStatistics(
@@ -99,8 +102,8 @@ def weight_statistics(
         weight_p50=p50,
         weight_p75=p75,
         weight_p95=p95,
-        weight_entropy=_entropy(values, used, count),
-        effective_sample_ratio=_effective_sample_ratio(values, divisor),
+        weight_entropy=_entropy(scaled, count),
+        effective_sample_ratio=_effective_sample_ratio(scaled, divisor),
         zero_fraction=(used & (entries == 0)).sum() / divisor,
         nan_weights=(inside & ~entries.isfinite()).sum().to(entries.dtype),
         extreme_weights=(inside & (entries > extreme)).sum().to(entries.dtype),
@@ -177,22 +180,16 @@ def _quantiles(
     return torch.where(count > 0, found, 0)
 
 
-def _entropy(values: Tensor, used: Tensor, count: Tensor) -> Tensor:
-    # Divided by the largest before the sum, which could overflow.
-    scaled = (
-        values.clamp(min=0) / values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
-        if len(values)
-        else values
-    )
-    total = scaled.sum()
-    p = torch.where(used, scaled / torch.where(total > 0, total, 1), 0)
-    normal = torch.where(count > 1, count, 2).to(values.dtype).log()
-    entropy = -torch.xlogy(p, p).sum() / normal
-    return torch.where(count == 1, torch.where(total > 0, 1, 0).to(values.dtype), entropy)
+def _entropy(scaled: Tensor, count: Tensor) -> Tensor:
+    """Entropy of the weights as a distribution, relative to that of the uniform one."""
+    positive = scaled.clamp(min=0)
+    total = positive.sum()
+    p = positive / torch.where(total > 0, total, 1)
+    entropy = -torch.xlogy(p, p).sum() / torch.where(count > 1, count, 2).to(p.dtype).log()
+    # A single entry is as uniform as can be.
+    return torch.where(count == 1, (total > 0).to(p.dtype), entropy)
 
 
-def _effective_sample_ratio(values: Tensor, count: Tensor) -> Tensor:
-    peak = values.abs().max() if len(values) else values.sum()
-    scaled = values / torch.where(peak > 0, peak, 1)
+def _effective_sample_ratio(scaled: Tensor, divisor: Tensor) -> Tensor:
     squares = scaled.square().sum()
-    return scaled.sum().square() / torch.where(squares > 0, squares * count, 1)
+    return scaled.sum().square() / torch.where(squares > 0, squares * divisor, 1)

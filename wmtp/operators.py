@@ -85,8 +85,11 @@ def _row_losses_backward(
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
-    gradients = backward_columns(problem, upstream, lse, needs)
-    return gradients.hidden, gradients.unembedding, gradients.bias
+    *gradients, unit = backward_columns(problem, upstream, lse, needs)
+    if hidden.dtype == torch.float16:
+        gradients = [gradient.mul_(unit) for gradient in gradients]
+    of_hidden, of_unembedding, of_bias = gradients
+    return of_hidden, of_unembedding, of_bias
 
 
 @torch.library.custom_op("wmtp::weighted_row_sum", mutates_args=())

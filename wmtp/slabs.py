@@ -12,7 +12,7 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 ``torch.compile`` are the business of ``operators.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 DEFAULT_SLAB_BYTES = 64 * 2**20
 # Rows are finished in tiles that stay in the cache between the passes of a softmax.
 _TILE_BYTES = 2**20
-# How much of the vocabulary is multiplied at a time where the result must be widened.
-_PART_COLUMNS = 4096
+# How many rows of a product are made at a time where they must be widened.
+_PART_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
 
@@ -142,17 +142,19 @@ def forward_backward_rows(
     factor, unit = _split_unit(problem, factor, active)
     hidden, weight = problem.hidden, problem.unembedding
     of_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-    of_weight = weight.new_zeros(weight.shape if needs[1] else 0, dtype=problem.wide)
+    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), problem.wide, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
+    first = True
     for block, logits in _row_slabs(problem, active):
         _finish_rows(problem, block, logits, found, with_correct, factor)
         x, row = hidden[block], _row_scale(problem, factor[block])
         if needs[0]:
             of_hidden[block] = _scaled(logits @ weight, row)
         if needs[1]:
-            _add_products(of_weight, logits, _scaled(x, row))
+            _add_product(of_weight, logits.T, _scaled(x, row), fresh=first)
         if needs[2]:
             of_bias += _column_sums(logits, row)
+        first = False
     if every_row:
         for block, logits in _row_slabs(problem, (has_target & ~weighted).nonzero().squeeze(1)):
             _finish_rows(problem, block, logits, found, with_correct, None)
@@ -166,36 +168,37 @@ def backward_columns(
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     factor, unit = _split_unit(problem, upstream, active)
     factor, wanted, lse = factor[active], problem.target[active], lse[active]
-    x, weight = problem.hidden[active], problem.unembedding
-    of_x = x.new_zeros(x.shape if needs[0] else 0, dtype=problem.wide)
-    of_weight = weight.new_zeros(weight.shape if needs[1] else 0)
-    of_bias = weight.new_zeros(problem.vocab if needs[2] else 0)
+    x, weight, row = problem.hidden[active], problem.unembedding, _row_scale(problem, factor)
+    x_scaled = _scaled(x, row)
+    of_x = _unfilled(x, x.shape if needs[0] else (0,), problem.wide, active)
+    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
+    of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     rows, columns = _tile_shape(len(active), problem)
+    # A slice that one product writes needs no wider sum.
+    sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     slab = x.new_empty(rows * columns)
-    for first in range(0, problem.vocab, columns):
+    for first in range(0, problem.vocab if len(active) else 0, columns):
         part = slice(first, min(first + columns, problem.vocab))
-        sum_weight = x.new_zeros(weight[part].shape if needs[1] else 0, dtype=problem.wide)
-        sum_bias = x.new_zeros(part.stop - first if needs[2] else 0, dtype=problem.wide)
+        total = of_weight[part]
+        if needs[1] and sum_dtype != total.dtype:
+            total = torch.empty_like(total, dtype=sum_dtype)
         for start in range(0, len(active), rows):
             block = slice(start, min(start + rows, len(active)))
             logits = slab[: (block.stop - start) * (part.stop - first)].view(block.stop - start, -1)
             _product(problem, x[block], part, logits)
             _finish_columns(problem, logits, wanted[block] - first, lse[block], factor[block])
-            row = _row_scale(problem, factor[block])
             if needs[0]:
-                of_x[block] += _scaled(logits @ weight[part], row)
+                _add_product(of_x[block], logits, weight[part], fresh=first == 0)
             if needs[1]:
-                _add_products(sum_weight, logits, _scaled(x[block], row))
+                _add_product(total, logits.T, x_scaled[block], fresh=start == 0)
             if needs[2]:
-                sum_bias += _column_sums(logits, row)
-        if needs[1]:
-            of_weight[part] = sum_weight.mul_(unit)
-        if needs[2]:
-            of_bias[part] = sum_bias.mul_(unit)
+                of_bias[part] += _column_sums(logits, None if row is None else row[block])
+        if needs[1] and sum_dtype != of_weight.dtype:
+            of_weight[part] = total
     of_hidden = torch.zeros_like(problem.hidden) if needs[0] else x.new_empty(0)
     if needs[0]:
-        of_hidden[active] = of_x.mul_(unit).to(x.dtype)
-    return Gradients(of_hidden, of_weight, of_bias, torch.ones_like(unit))
+        of_hidden[active] = _scaled(of_x, row).to(x.dtype)
+    return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
 
 
 def _row_slabs(problem: Problem, active: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,8 +233,10 @@ def _finish_rows(
         rows = block[tile]
         wanted = problem.target[rows].unsqueeze(1)
         z, slope = _capped(problem, logits[tile].to(problem.wide), factor is not None)
-        peak, place = z.max(1, keepdim=True)
+        peak = z.amax(1, keepdim=True)
         chosen = z.gather(1, wanted)
+        if with_correct:
+            found.correct[rows] = (z.argmax(1, keepdim=True) == wanted).squeeze(1)
         mean = z.mean(1, keepdim=True) if problem.label_smoothing else None
         p = z.sub_(peak).exp_()
         total = p.sum(1, keepdim=True)
@@ -243,8 +248,6 @@ def _finish_rows(
         found.loss[rows], found.ce[rows], found.lse[rows] = (
             column.squeeze(1) for column in (loss, ce, lse)
         )
-        if with_correct:
-            found.correct[rows] = (place == wanted).squeeze(1)
         if factor is not None:
             p.mul_(total.reciprocal_())
             _write_gradient(problem, p, wanted, lse, slope, factor[rows], logits[tile])
@@ -328,15 +331,22 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
 
 
-def _add_products(total: Tensor, logits: Tensor, x: Tensor) -> None:
-    """``total += logits.T @ x``, with the sum in the dtype of ``total``."""
-    if total.dtype == logits.dtype:
-        total.addmm_(logits.T, x)
+def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Tensor) -> Tensor:
+    """Memory that the first product over the active rows will fill; zeros if there is no row."""
+    fill = torch.empty if len(active) else torch.zeros
+    return fill(shape, dtype=dtype, device=like.device)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` if it is fresh, summed in the dtype of ``total``."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
-    for columns in range(0, logits.shape[1], _PART_COLUMNS):
-        part = slice(columns, columns + _PART_COLUMNS)
-        total[part] += logits[:, part].T @ x
+    for start in range(0, len(a), _PART_ROWS):
+        part = slice(start, start + _PART_ROWS)
+        product = a[part] @ b
+        total[part].copy_(product) if fresh else total[part].add_(product)
 
 
 def _column_sums(logits: Tensor, row: Tensor | None) -> Tensor:

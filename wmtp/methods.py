@@ -204,6 +204,9 @@ def dft_weights(
 
     Source: DFT, arXiv:2508.05629, equation 9.
     """
+    if mode == "mean_one":
+        # The same numbers, but where every probability of a scope underflows.
+        return softmax_weights(-token_ce, valid, scope=scope, group=group)
     raw = torch.exp(-wide(token_ce.detach()))
     return normalize_weights(raw, valid, mode=mode, scope=scope, group=group)
 

@@ -25,6 +25,8 @@ from wmtp.slabs import (
 
 def row_losses(problem: Problem, with_correct: bool) -> Rows:
     """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias."""
+    if _compiled_without_gradient(*problem[:3]):
+        return Rows(*_row_losses(*problem, with_correct))
     return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
 
 
@@ -44,10 +46,23 @@ def weighted_row_sum(
         grad and bias is not None and bias.requires_grad,
     ]
     every_row = every_row or (grad and factor.requires_grad)
-    out: list[Tensor] = list(
-        _WeightedRowSum.apply(*problem, factor, with_correct, every_row, needs)  # pyright: ignore
-    )
+    inputs = (*problem, factor, with_correct, every_row, needs)
+    direct = _compiled_without_gradient(*problem[:3], factor)
+    run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
+    out: list[Tensor] = list(run(*inputs))
     return out[0], Rows(*out[1:5])
+
+
+def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
+    """Whether Dynamo traces a call that needs no gradient: it cannot trace a Function then.
+
+    In eager mode the Function stays, because it refuses forward-mode differentiation, where the
+    operator would drop the tangents.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return not (torch.is_grad_enabled() and wanted)
 
 
 @torch.library.custom_op("wmtp::row_losses", mutates_args=())

@@ -50,7 +50,8 @@ def scan_trained(
     """
     # Filled in the dtype of the terms: a Python number in `where` would be rounded to float32.
     coefficients = torch.ones_like(terms).masked_fill(tracks.trained, decay)
-    out = reverse_scan(terms, coefficients.masked_fill(~tracks.inner, 0))
+    own = torch.where(tracks.trained, terms, 0)
+    out = reverse_scan(own, coefficients.masked_fill(~tracks.inner, 0))
     return torch.where(tracks.trained, out, 0)
 
 

@@ -84,7 +84,7 @@ def weight_statistics(
     inside = valid.reshape(-1)
     used = inside & entries.isfinite()
     count = used.sum()
-    divisor = count.clamp(min=1)
+    divisor = count.clamp(min=1).to(entries.dtype)
     values = torch.where(used, entries, 0)
     mean = values.sum() / divisor
     variance = torch.where(used, values - mean, 0).square().sum() / divisor

@@ -1,0 +1,17 @@
+"""Hypothesis profiles. `HYPOTHESIS_PROFILE=nightly pytest` searches longer."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=25, **_COMMON)
+# Derandomised, so that a red run on one commit is red for everybody.
+settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=2000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The tensors are tiny: more threads only fight with the other test workers.
+torch.set_num_threads(1)

@@ -1,0 +1,63 @@
+"""Small comparisons shared by the test files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    """Equal up to the rounding of `dtype`: 1e-10 in float64, 1e-5 in float32. NaN is never equal."""
+    tight = dtype == torch.float64
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    torch.testing.assert_close(
+        actual.detach().double(),
+        expected.detach().double(),
+        rtol=1e-10 if tight else 1e-5,
+        atol=1e-12 if tight else 2e-6,
+    )
+
+
+def leaf(x: Tensor, needs_grad: bool = True) -> Tensor:
+    """A fresh tensor with the same values that can be asked for a gradient."""
+    return x.detach().clone().requires_grad_(needs_grad)
+
+
+def grads(loss: Tensor, leaves: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
+    """Gradients, zeros where a leaf is not reached; `loss` must be connected to a graph."""
+    found = torch.autograd.grad(loss, leaves, upstream, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def all_zero(x: Tensor) -> bool:
+    """Exactly 0 everywhere: NaN is not, and neither is a tiny number."""
+    return bool((x == 0).all())
+
+
+@contextmanager
+def untouched(*tensors: Tensor | None) -> Iterator[None]:
+    """The tensors keep their bytes and were not written to in between (`_version`)."""
+    known = [x for x in tensors if x is not None]
+    before = [(x.detach().clone(), x._version) for x in known]
+    yield
+    for x, (copy, version) in zip(known, before, strict=True):
+        assert x._version == version, "an input was written to"
+        if x.numel():  # bytes, because NaN is not equal to itself
+            raw, kept = (y.detach().contiguous().view(-1).view(torch.uint8) for y in (x, copy))
+            assert torch.equal(raw, kept), "an input changed"
+
+
+def error_against(truth: Tensor, x: Tensor) -> float:
+    """The largest absolute error against a float64 truth."""
+    return float((x.double() - truth).detach().abs().max()) if x.numel() else 0.0
+
+
+def subsets(count: int) -> list[tuple[bool, ...]]:
+    """Every choice of which of `count` tensors require a gradient."""
+    return [tuple(bool(n >> i & 1) for i in range(count)) for n in range(2**count)]
+
+
+Builder = Callable[..., Tensor]

@@ -162,10 +162,12 @@ class Batch:
         return normal(self.seed + 3, self.vocab).to(dtype)
 
     def weights(self, form: str, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """`none`, `token` or `prediction`; a fifth of them is exactly 0."""
         if form == "none":
             return None
         shape = self.shape[:2] if form == "token" else self.shape
-        return (0.1 + uniform(self.seed + 4, *shape)).to(dtype)
+        weights = 0.1 + uniform(self.seed + 4, *shape)
+        return weights.masked_fill(mask(self.seed + 6, 0.2, *shape), 0.0).to(dtype)
 
     def upstream(self) -> Tensor:
         return normal(self.seed + 5, *self.shape)

@@ -173,6 +173,31 @@ def test_the_size_of_the_slab_does_not_matter(case: Batch, dtype: torch.dtype) -
             close(b, a.double(), dtype)
 
 
+@pytest.mark.parametrize("vocab", [1, 257, 700])
+@pytest.mark.parametrize("rows_in_slab", [1, 3, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_wide_vocabulary_may_be_cut_into_slabs(
+    vocab: int, rows_in_slab: int, dtype: torch.dtype
+) -> None:
+    labels = integers(0, vocab, 2, 5).masked_fill(mask(1, 0.2, 2, 5), IGNORE)
+    case = Batch(2, 5, 2, vocab, 3, None, labels, 3)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}
+    leaves, upstream = inputs(case, dtype), case.upstream().to(dtype)
+    slab_bytes = rows_in_slab * vocab * torch.finfo(dtype).bits // 8
+    loss = run(case, leaves, slab_bytes=slab_bytes, **options)
+    expected, gradients = oracle.linear_mtp_ce_loss(
+        *leaves[:2],
+        labels,
+        bias=leaves[2],
+        reduction="none",
+        upstream=upstream.double(),
+        **options,
+    )
+    close(loss, expected, dtype)
+    for found, name in zip(grads(loss, leaves, upstream), gradients, strict=True):
+        close(found, gradients[name], dtype)
+
+
 @pytest.mark.parametrize("slab_bytes", [0, -1])
 def test_a_slab_needs_room(slab_bytes: int) -> None:
     with pytest.raises(ValueError, match="slab_bytes"):

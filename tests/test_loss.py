@@ -781,6 +781,49 @@ def test_a_loss_that_meets_another_keeps_its_share_of_the_gradient(form: str) ->
 
 
 @FORMS
+def test_a_tied_unembedding_gets_both_gradients(form: str) -> None:
+    labels, table = integers(0, 6, 2, 5), normal(1, 6, 3)
+    tied = leaf(table)
+    hidden = tied[labels][:, :, None].tanh()
+    if form == "dense":
+        weighted_mtp_loss(hidden @ tied.T, labels).backward()
+    else:
+        linear_weighted_mtp_loss(hidden, tied, labels).backward()
+    apart = [leaf(table), leaf(table)]
+    there = apart[0][labels][:, :, None].tanh() @ apart[1].T
+    expected = sum(grads(weighted_mtp_loss(there, labels), apart))
+    assert isinstance(expected, Tensor)
+    assert tied.grad is not None
+    close(tied.grad, expected)
+
+
+@FORMS
+def test_gradients_accumulate_over_micro_batches(form: str) -> None:
+    case = Batch(2, 5, 2, 6, 3, None, integers(0, 6, 2, 5), 4)
+    tensors, once = leaves_of(case, form), leaves_of(case, form)
+    expected = grads(apply(form, once, case.labels), once)
+    for _ in range(3):
+        apply(form, tensors, case.labels).backward()
+    for x, gradient in zip(tensors, expected, strict=True):
+        assert x.grad is not None
+        close(x.grad, 3 * gradient)
+
+
+@pytest.mark.parametrize("weights", [None, lambda ce, valid: 1.0 + ce])
+def test_a_second_derivative_is_right_or_refused(weights: Any) -> None:
+    case = Batch(2, 4, 2, 4, 3, None, integers(0, 4, 2, 4), 4)
+    if weights is None:
+        assert torch.autograd.gradgradcheck(
+            lambda x: weighted_mtp_loss(x, case.labels, z_loss=0.1), leaves_of(case, "dense")
+        )
+    leaves = leaves_of(case, "linear")
+    loss = apply("linear", leaves, case.labels, weights)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="dense"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@FORMS
 def test_no_gradient_wanted_means_no_graph(form: str) -> None:
     case = Batch(1, 3, 1, 4, 2, None, integers(0, 4, 1, 3), 4)
     tensors = [x.detach() for x in leaves_of(case, form)]
@@ -841,6 +884,21 @@ def test_the_size_of_the_slab_does_not_matter(case: Batch, kind: str, dtype: tor
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             close(b, a.double(), dtype)
+
+
+@pytest.mark.parametrize("rows_in_slab", [1, 3, 10**6])
+@pytest.mark.parametrize("callable_weights", [False, True])
+def test_a_wide_vocabulary_may_be_cut_into_slabs(rows_in_slab: int, callable_weights: bool) -> None:
+    labels = integers(0, 700, 2, 5).masked_fill(mask(1, 0.2, 2, 5), IGNORE)
+    case = Batch(2, 5, 2, 700, 3, None, labels, 3)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}
+    leaves, weights = leaves_of(case, "linear"), case.weights("prediction")
+    used: Any = (lambda ce, valid: weights) if callable_weights else weights
+    loss = apply("linear", leaves, labels, used, slab_bytes=rows_in_slab * 5600, **options)
+    expected, gradients = known("linear", leaves, labels, weights, **options)
+    close(loss, expected)
+    for found, gradient in zip(grads(loss, leaves), gradients, strict=False):
+        close(found, gradient)
 
 
 def peak_bytes(slab_bytes: int) -> int:

@@ -261,6 +261,14 @@ def test_top_k_of_special_numbers_follows_the_oracle(row: Tensor, keep: float) -
 
 
 @given(scored(), KEEPS)
+def test_top_k_ranks_float64_scores_beyond_float32(case: Scored, keep: float) -> None:
+    # Apart by 1e-12, so equal in float32.
+    scores = 1.0 + 1e-12 * case.scores().double()
+    actual = wmtp.top_k_weights(scores, case.valid, keep=keep, scope=case.scope)
+    close(actual, oracle.top_k_weights(scores, case.valid, keep=keep, scope=case.scope))
+
+
+@given(scored(), KEEPS)
 def test_top_k_counts_are_exact_under_ties(case: Scored, keep: float) -> None:
     for scores in (torch.zeros(case.shape), case.tied_scores()):
         weights = wmtp.top_k_weights(scores, case.valid, keep=keep, scope=case.scope)
@@ -278,8 +286,10 @@ def test_top_k_counts_are_those_of_float64(keep: float, n: int) -> None:
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch", "all"])
-def test_nan_scores_rank_last(scope: str) -> None:
-    scores = torch.tensor([[math.nan, -math.inf, 1.0, math.nan, 0.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_nan_scores_rank_last(scope: str, dtype: torch.dtype, nan: float) -> None:
+    scores = torch.tensor([[nan, -math.inf, 1.0, nan, 0.0]]).to(dtype)
     valid = torch.ones(1, 5).bool()
     for keep, chosen in ((0.6, [1, 2, 4]), (0.8, [0, 1, 2, 4]), (1.0, [0, 1, 2, 3, 4])):
         weights = wmtp.top_k_weights(scores, valid, keep=keep, scope=scope)
@@ -747,6 +757,20 @@ def test_an_intersection_keeps_what_every_member_keeps() -> None:
     first, second = torch.tensor([[1.0, 1.0, 0.0, 5.0]]), torch.tensor([[0.0, 2.0, 1.0, 1.0]])
     weights = wmtp.combine_weights([first, second], torch.ones(1, 4).bool(), mode="intersection")
     assert weights.tolist() == [[0.0, 2.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("mode", ["product", "intersection"])
+def test_what_no_member_agrees_on_is_uniform(mode: str) -> None:
+    w, valid = torch.tensor([[1.0, 0.0, 3.0]]), torch.ones(1, 3).bool()
+    for other in (torch.zeros(1, 3), torch.tensor([[0.0, 2.0, 0.0]])):
+        weights = wmtp.combine_weights([w, other], valid, mode=mode)
+        assert weights.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_tiny_weight_is_positive_all_the_same() -> None:
+    w, valid = torch.tensor([[1e-30, 1e30, 0.0]]), torch.ones(1, 3).bool()
+    weights = wmtp.combine_weights([w, w], valid, mode="intersection")
+    assert weights.tolist() == [[1.5, 1.5, 0.0]]
 
 
 def test_a_product_of_tiny_weights_does_not_underflow() -> None:

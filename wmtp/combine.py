@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wmtp import _checks
 from wmtp._typing import typed
+from wmtp.cross_entropy import wide
 from wmtp.normalize import check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
 
@@ -63,15 +64,22 @@ def combine_weights(
             raise TypeError(f"weights[{i}] must be floating point, got {member.dtype}")
         check_weight_shapes(f"weights[{i}]", member, valid)
     shares = _check_coefficients(coefficients, len(weights), mode)
-    even = [normalize_weights(member, valid, scope=scope, group=group) for member in weights]
-    if mode == "mixture":
-        raw = torch.stack([c * w for c, w in zip(shares, even, strict=True)]).sum(0)
-    elif mode == "product":
-        # Powers of weights that are mean one: a product of raw ones could overflow.
-        raw = torch.stack([w.pow(c) for c, w in zip(shares, even, strict=True)]).prod(0)
+    if mode == "intersection":
+        agreed = torch.stack([member > 0 for member in weights]).all(0)
+        raw = agreed.to(wide(weights[0]).dtype)
     else:
-        positive = torch.stack([w > 0 for w in even]).all(0)
-        raw = positive.to(even[0].dtype)
+        # A member that is 0 everywhere has nothing to say in a mixture, and the last word in a product.
+        on_zero = "uniform" if mode == "mixture" else "zero"
+        even = [
+            normalize_weights(member, valid, scope=scope, group=group, on_zero=on_zero)
+            for member in weights
+        ]
+        pairs = zip(shares, even, strict=True)
+        if mode == "mixture":
+            raw = torch.stack([c * w for c, w in pairs]).sum(0)
+        else:
+            # Powers of weights of mean one: a product of raw ones could overflow.
+            raw = torch.stack([w.pow(c) for c, w in pairs]).prod(0)
     return normalize_weights(raw, valid, scope=scope, group=group)
 
 

@@ -1,0 +1,112 @@
+"""Checkpoints: one safetensors file with tensors and JSON, replaced in one move, never executed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import LabError
+
+
+Metadata = dict[str, Any]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
+    """Write the file beside its place, then move it there: a reader sees the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={"json": json.dumps(metadata, sort_keys=True)})
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON the same way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this package wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LabError(
+            f"cannot read {path}: {error}; remove its folder and start a new run"
+        ) from None
+
+
+def read_tensors(path: Path, *, advice: str) -> tuple[dict[str, Tensor], Metadata]:
+    """Read a file that `write_tensors` wrote; `advice` says what to do when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("json", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LabError(f"{path} is truncated or damaged ({error}); {advice}") from None
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata
+) -> None:
+    """The parameters, the optimiser's state for each of them, and what is needed to go on."""
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    write_tensors(path, tensors, metadata)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Metadata
+) -> Metadata:
+    """Fill the model and the optimiser; refuse a checkpoint of another configuration or corpus."""
+    advice = f"remove {path.parent} to train this part again"
+    tensors, metadata = read_tensors(path, advice=advice)
+    stored = metadata.get("identity", {})
+    if found := differences(stored, identity):
+        raise LabError(f"{path} was made with another {found}; give the same again, or {advice}")
+    state: dict[str, dict[str, Tensor]] = {}
+    for key in tensors:
+        if key.startswith("optimizer."):
+            _, entry, name = key.split(".", 2)
+            state.setdefault(name, {})[entry] = tensors[key]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(tensors[f"model.{name}"])
+            optimizer.state[parameter] = state[name]
+    except (KeyError, RuntimeError) as error:
+        raise LabError(f"{path} belongs to another model ({error}); {advice}") from None
+    return metadata
+
+
+def differences(stored: Metadata, wanted: Metadata) -> str:
+    """What differs, in words: `train.steps (stored 900, given 50)`; empty when all is the same."""
+    old, new = _flatten(stored), _flatten(wanted)
+    missing = "nothing"
+    return ", ".join(
+        f"{key} (stored {old.get(key, missing)}, given {new.get(key, missing)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    )
+
+
+def _flatten(data: Metadata, prefix: str = "") -> Metadata:
+    flat: Metadata = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,3 +62,18 @@ def subsets(count: int) -> list[tuple[bool, ...]]:
 
 
 Builder = Callable[..., Tensor]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that was live at once while `work` ran, by the profiler."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as watch:
+        work()
+    live = peak = 0
+    results: Any = watch.profiler
+    for event in sorted(results.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

@@ -268,7 +268,7 @@ def mtp_ce_loss(
     up = filled(shape)
     for i in kept:
         if reduction == "none":
-            put(up, i, 1.0 if upstream is None else float(upstream[i]))
+            put(up, i, 1.0 if upstream is None else float(upstream[i]))  # pyright: ignore[reportIndexIssue]
         else:
             scale = 1.0 if upstream is None else float(upstream)
             put(up, i, scale / (len(kept) if reduction == "mean" else 1))

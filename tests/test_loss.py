@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests import oracle
-from tests.helpers import all_zero, close, error_against, grads, leaf, subsets, untouched
+from tests.helpers import (
+    all_zero,
+    close,
+    error_against,
+    grads,
+    leaf,
+    peak_bytes,
+    subsets,
+    untouched,
+)
 from tests.strategies import (
     IGNORE,
     JUNK,
@@ -901,31 +910,23 @@ def test_a_wide_vocabulary_may_be_cut_into_slabs(rows_in_slab: int, callable_wei
         close(found, gradient)
 
 
-def peak_bytes(slab_bytes: int) -> int:
+def peak_of_slab(slab_bytes: int) -> int:
     """The most memory that was live at once in a forward and backward pass, by the profiler."""
     leaves = [
         leaf(normal(n, *shape).float()) for n, shape in enumerate([(2, 512, 2, 8), (1024, 8)])
     ]
     labels, weights = integers(2, 1024, 2, 512), uniform(3, 2, 512).float()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as watch:
-        linear_weighted_mtp_loss(
+    return peak_bytes(
+        lambda: linear_weighted_mtp_loss(
             leaves[0], leaves[1], labels, weights, slab_bytes=slab_bytes
         ).backward()
-    live = peak = 0
-    events = watch.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    )
 
 
 def test_the_logits_are_never_held_beyond_the_slab() -> None:
     all_logits = 2 * 512 * 2 * 1024 * 4
-    assert peak_bytes(256 * 1024) < all_logits // 4
-    assert peak_bytes(2 * all_logits) >= all_logits
+    assert peak_of_slab(256 * 1024) < all_logits // 4
+    assert peak_of_slab(2 * all_logits) >= all_logits
 
 
 @FORMS

@@ -323,7 +323,9 @@ def test_a_long_row_neither_overflows_nor_drifts() -> None:
 def test_the_scan_takes_a_logarithmic_number_of_steps() -> None:
     def operations(seq: int) -> int:
         values, valid = normal(0, 1, seq), torch.ones(1, seq).bool()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watch:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+        ) as watch:
             gae(values, valid)
         return sum(event.count for event in watch.key_averages() if "aten::" in event.key)
 

@@ -20,7 +20,7 @@ from .heatmap import Heatmap, draw_heatmap, write_heatmap
 from .model import ByteLM, build
 from .plots import plot_weights
 from .tracking import Metrics, OpenTracker, Tracker
-from .training import Job, Schedule, Stop, fit
+from .training import Job, Schedule, Stop, fit, say
 from .watching import Seen, Selection, step_metrics, total
 from .weighting import METHODS, Method, View, diagnostics, uniform
 
@@ -94,7 +94,7 @@ def run_arm(
     """Train one arm, or go on with it, or read what it gave if it is complete."""
     done = folder / "results.json"
     if done.exists():
-        print(f"{arm.algo}: {done} (made before)")
+        say(f"{arm.algo}: {done} (made before)")
         return read_json(done)
     model = build(ByteLM, arm.config.model, arm.config.train.seed)
     tracker = open_tracker(arm.algo, folder)
@@ -108,7 +108,7 @@ def run_arm(
     }
     selection = judge(arm, model)
     if arm.method.weigh is not uniform:
-        print(f"{arm.algo}: {selection.sentence()}")
+        say(f"{arm.algo}: {selection.sentence()}")
     result["selection"] = {name: value.item() for name, value in selection.metrics().items()}
     score = Score.from_dict(result["test"])
     result |= {"test_head_loss": score.head_loss(), "test_head_accuracy": score.head_accuracy()}
@@ -130,8 +130,8 @@ def _job(arm: Arm, model: ByteLM, data: Data) -> Job:
 
     def check() -> Metrics:
         score = evaluate(model, data["validation"], arm.heads)
-        print(f"{arm.algo}: validation loss {score.head_loss()[0]:.3f}, "
-              f"top-1 {score.head_accuracy()[0]:.1%} (head 0)", flush=True)  # fmt: skip
+        loss, hits = score.head_loss()[0], score.head_accuracy()[0]
+        say(f"{arm.algo}: validation loss {loss:.3f}, top-1 {hits:.1%} (head 0)")
         return score.metrics("validation")
 
     options = arm.config.train

@@ -17,7 +17,7 @@ from .model import ByteCritic, build
 from .pairs import Side, functions, make_pairs
 from .signals import corpus_identity, key_of, load_signal, save_signal
 from .tracking import Metrics, OpenTracker, Tracker
-from .training import Job, Schedule, Stop, fit
+from .training import Job, Schedule, Stop, fit, say
 
 
 Pairs = tuple[Side, Side]
@@ -34,7 +34,7 @@ def critic_values(
     """`[rows, seq]`: the critic's value of each prefix of the training corpus, computed once."""
     stored = stored_values(config, data, runs)
     if stored is not None:
-        print("critic: the stored value of every prefix is used", flush=True)
+        say("critic: the stored value of every prefix is used")
         return stored
     options, identity, path = (
         config.critic,
@@ -112,8 +112,7 @@ def train_critic(
 
     def check() -> Metrics:
         right = pair_accuracy(model, test_pairs, options.pool)
-        print(f"critic: {right:.1%} of {options.heldout_pairs} held-out pairs in the right order",
-              flush=True)  # fmt: skip
+        say(f"critic: {right:.1%} of {options.heldout_pairs} held-out pairs in the right order")
         return {"heldout_pair_accuracy": right}
 
     fit(Job("critic", model, _schedule(config), identity, loss, check), tracker, stop)

@@ -16,7 +16,7 @@ from .evaluation import CHUNK, evaluate
 from .model import ByteLM, build
 from .signals import corpus_identity, key_of, load_signal, save_signal
 from .tracking import Metrics, OpenTracker, Tracker
-from .training import Job, Schedule, Stop, fit
+from .training import Job, Schedule, Stop, fit, say
 
 
 def reference_nll(
@@ -25,7 +25,7 @@ def reference_nll(
     """`[rows, seq]`: what a model of clean text thinks of each training byte, computed once."""
     stored = stored_nll(config, data, runs)
     if stored is not None:
-        print("reference: the stored NLL of every training byte is used", flush=True)
+        say("reference: the stored NLL of every training byte is used")
         return stored
     train, identity, path = (
         data["train"],
@@ -37,8 +37,9 @@ def reference_nll(
     save_signal(path, nll, identity)
     tracker.finish()
     noisy, text = train.corrupted, train.segment_ids >= 0
-    print(f"reference: {nll[text & ~noisy].mean():.2f} nats per clean training byte"
-          + (f", {nll[noisy].mean():.2f} per corrupted one" if noisy.any() else ""))  # fmt: skip
+    clean = f"{nll[text & ~noisy].mean():.2f} nats per clean training byte"
+    corrupted = f", {nll[noisy].mean():.2f} per corrupted one" if noisy.any() else ""
+    say(f"reference: {clean}{corrupted}")
     return nll
 
 
@@ -102,8 +103,8 @@ def train_reference(
 
     def check() -> Metrics:
         found = evaluate(model, data["validation"], heads=1)
-        print(f"reference: validation loss {found.head_loss()[0]:.3f}, "
-              f"top-1 {found.head_accuracy()[0]:.1%}", flush=True)  # fmt: skip
+        loss, hits = found.head_loss()[0], found.head_accuracy()[0]
+        say(f"reference: validation loss {loss:.3f}, top-1 {hits:.1%}")
         return found.metrics("validation")
 
     schedule = Schedule.of(config.train, config.rho1.reference_steps)

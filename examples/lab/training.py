@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -68,6 +69,12 @@ class Job:
     identity: dict[str, Any]  # a checkpoint made with anything else is refused
     loss: Callable[[int], tuple[Tensor, Callable[[], Metrics]]]
     evaluate: Callable[[], Metrics]
+
+
+def say(text: str) -> None:
+    """A line on stdout, above the progress bar if one is shown."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 class Stop:

@@ -29,8 +29,8 @@ def rows(x: Tensor | None) -> Any:
     """Nested lists of Python numbers, in float64 if they are floating."""
     if x is None:
         return None
-    x = x.detach()
-    return (x.double() if x.is_floating_point() else x).tolist()
+    known = x.detach()
+    return (known.double() if known.is_floating_point() else known).tolist()
 
 
 def filled(shape: Sequence[int], value: float = 0.0) -> Any:

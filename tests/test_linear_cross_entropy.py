@@ -43,6 +43,10 @@ from tests.strategies import (
 from wmtp import linear_mtp_ce_loss, linear_token_nll, mtp_ce_loss, mtp_targets, token_nll
 
 
+# Hidden states, unembedding and bias of a small problem, with a seed each.
+SHAPES = [(0, (2, 6, 2, 3)), (1, (5, 3)), (2, (5,))]
+
+
 def inputs(case: Batch, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [leaf(x) for x in (case.hidden(dtype), case.unembedding(dtype), case.bias(dtype))]
 
@@ -490,6 +494,34 @@ def test_low_precision_is_as_good_as_the_naive_path(
         assert mine.dtype == dtype
         slack = 2 * torch.finfo(dtype).eps * float(right.abs().max())
         assert error_against(right, mine) <= error_against(right, other) + slack
+
+
+def test_a_tiny_upstream_gradient_survives_float16() -> None:
+    labels, leaves = integers(0, 5, 2, 6), [leaf(normal(n, *s).half()) for n, s in SHAPES]
+    loss = linear_mtp_ce_loss(leaves[0], leaves[1], labels, bias=leaves[2], reduction="sum") * 1e-7
+    scale = 2.0**20  # what a gradient scaler does
+    _, expected = oracle.linear_mtp_ce_loss(
+        leaves[0], leaves[1], labels, bias=leaves[2], reduction="sum", upstream=scale * 1e-7
+    )
+    for found, right in zip(grads(scale * loss, leaves), expected.values(), strict=True):
+        torch.testing.assert_close(
+            found.double(), right, rtol=4e-3, atol=4e-3 * float(right.abs().max())
+        )
+
+
+@pytest.mark.parametrize("upstream", [1e-7, 1e-3, 1.0, 1e3])
+def test_float16_rows_keep_their_own_upstream_gradient(upstream: float) -> None:
+    labels, leaves = integers(0, 5, 2, 6), [leaf(normal(n, *s).half()) for n, s in SHAPES]
+    loss = linear_mtp_ce_loss(leaves[0], leaves[1], labels, bias=leaves[2], reduction="none")
+    up = upstream * normal(9, 2, 6, 2).float()
+    _, expected = oracle.linear_mtp_ce_loss(
+        leaves[0], leaves[1], labels, bias=leaves[2], reduction="none", upstream=up.double()
+    )
+    # The gradients leave as float16, which cannot say less than 6e-8.
+    for found, right in zip(grads(loss, leaves, up), expected.values(), strict=True):
+        torch.testing.assert_close(
+            found.double(), right, rtol=4e-3, atol=4e-3 * float(right.abs().max()) + 6e-8
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

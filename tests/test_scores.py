@@ -379,6 +379,12 @@ def test_a_group_of_one_and_a_group_of_equals_give_zero() -> None:
     assert group_advantages(rewards, ids).tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1e6 / 3])
+@pytest.mark.parametrize("n", [3, 5, 6, 7, 11])
+def test_equal_rewards_give_zero_although_their_mean_rounds(reward: float, n: int) -> None:
+    assert all_zero(group_advantages(torch.full((n,), reward), torch.zeros(n).long()))
+
+
 @given(SEEDS, st.sampled_from([1e-6, 0.5]))
 def test_the_order_and_the_names_of_groups_do_not_matter(seed: int, eps: float) -> None:
     rewards, ids = normal(seed, 8), integers(seed, 3, 8)
@@ -445,11 +451,10 @@ def test_el2n_runs_from_zero_to_the_root_of_two() -> None:
 
 
 def test_a_sure_prediction_keeps_its_small_distance() -> None:
-    # sqrt(Σp² − 2p_y + 1) would round to 0 in float32.
+    # √(Σp² − 2p_y + 1) would round to 0 in float32.
     logits = torch.tensor([[[12.0, 0.0], [0.0, 0.0]]])
-    labels = torch.tensor([[0, 0]])
     expected = math.sqrt(2) / (1 + math.exp(12.0))
-    assert el2n(logits, labels)[0, 0, 0].item() == pytest.approx(expected, rel=1e-2)
+    assert el2n(logits, torch.tensor([[0, 0]]))[0, 0, 0].item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_scores_of_low_precision_logits_are_float32() -> None:

@@ -70,6 +70,13 @@ def test_clip_and_mean_one_both_hold(case: Scored, clip: tuple[float, float], ze
     assert all_zero(actual[~case.valid])
 
 
+def test_clip_and_mean_one_hold_for_a_subnormal_ratio() -> None:
+    weights, valid = torch.tensor([[0.0, 0.0, 0.0, 1e-38, 2.5]]), torch.ones(1, 5).bool()
+    for w in (weights, weights.double()):
+        actual = normalize_weights(w, valid, clip=(0.1, 3.0))
+        assert actual[0].tolist() == pytest.approx([0.1, 0.1, 0.1, 1.7, 3.0], rel=1e-5)
+
+
 def test_too_few_positive_weights_sit_at_the_upper_bound() -> None:
     weights, valid = torch.tensor([[7.0, 0.0, 0.0, 0.0, 0.0]]), torch.ones(1, 5).bool()
     actual = normalize_weights(weights, valid, clip=(0.1, 2.0))

@@ -12,6 +12,7 @@ from wmtp._typing import typed
 from wmtp.cross_entropy import wide
 from wmtp.normalize import check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
+from wmtp.weights import softmax_weights
 
 
 @typed
@@ -75,11 +76,11 @@ def combine_weights(
             for member in weights
         ]
         pairs = zip(shares, even, strict=True)
-        if mode == "mixture":
-            raw = torch.stack([c * w for c, w in pairs]).sum(0)
-        else:
-            # Powers of weights of mean one: a product of raw ones could overflow.
-            raw = torch.stack([w.pow(c) for c, w in pairs]).prod(0)
+        if mode == "product":
+            # A softmax of the logarithms is the normalised product, which by itself could underflow.
+            logs = torch.stack([c * w.log() for c, w in pairs if c > 0]).sum(0)
+            return softmax_weights(logs, valid, scope=scope, group=group)
+        raw = torch.stack([c * w for c, w in pairs]).sum(0)
     return normalize_weights(raw, valid, scope=scope, group=group)
 
 

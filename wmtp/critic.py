@@ -56,7 +56,7 @@ def lambda_returns(
         >>> lambda_returns(values, rewards, torch.ones(1, 3, dtype=torch.bool), lam=0.5)
         tensor([[0.6000, 0.8000, 1.0000]])
 
-    Source: Sutton and Barto, "Reinforcement Learning", 2nd edition, equation 12.20.
+    Source: Sutton and Barto, "Reinforcement Learning", 2nd edition, equation 12.18.
     """
     _checks.in_range("gamma", gamma, 0.0, 1.0)
     _checks.in_range("lam", lam, 0.0, 1.0)
@@ -103,6 +103,7 @@ def value_loss(
 
     Source: Sutton and Barto, "Reinforcement Learning", 2nd edition, equation 9.1; Huber, 1964.
     """
+    _checks.rank_in("values", values, (2,), "[batch seq]")
     _checks.same_shape("targets", targets, "values", values)
     _checks.same_shape("valid", valid, "values", values)
     _checks.one_of("kind", kind, ("mse", "huber", "bce"))
@@ -160,6 +161,8 @@ def pairwise_ranking_loss(
 
     Source: Bradley and Terry, 1952, as in InstructGPT, arXiv:2203.02155, equation 1.
     """
+    _checks.rank_in("chosen_values", chosen_values, (2,), "[pairs seq]")
+    _checks.rank_in("rejected_values", rejected_values, (2,), "[pairs seq]")
     _checks.same_shape("chosen_valid", chosen_valid, "chosen_values", chosen_values)
     _checks.same_shape("rejected_valid", rejected_valid, "rejected_values", rejected_values)
     if len(chosen_values) != len(rejected_values):

@@ -200,7 +200,7 @@ def predict(
         smooth = -log_probs.mean(-1, keepdim=True)
         loss = torch.lerp(ce, smooth, objective.label_smoothing)
     if objective.z_loss:
-        lse = scores.gather(-1, index) + ce
+        lse = scores.logsumexp(-1, keepdim=True)
         loss = loss + objective.z_loss * lse.square()
     correct = None
     if with_correct:

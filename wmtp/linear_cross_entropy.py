@@ -179,7 +179,8 @@ def linear_problem(
     _checks.labels_in_range(targets, valid, vocab)
 
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    wide = torch.float64 in (hidden.dtype, unembedding.dtype)
+    if torch.is_autocast_enabled(kind) and not wide:
         dtype = torch.get_autocast_dtype(kind)
         hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
         bias = None if bias is None else bias.to(dtype)

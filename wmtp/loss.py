@@ -87,7 +87,8 @@ def weighted_mtp_loss(
             immaterial. ``"tokens"``: the number of valid predictions per head. A number or 0-d tensor,
             such as ``num_items_in_batch``: one count over the whole accumulation window and all
             ranks, so that micro-batches add up to the gradient of the whole. Signed weights need one
-            of the last two.
+            of the last two. Tensors given here or as ``head_weights`` are not checked: reading them
+            would synchronise.
         ignore_index: the label that means "no target".
         label_smoothing: ``ε`` in [0, 1], as in ``F.cross_entropy``.
         z_loss: coefficient of ``lse²``, at least 0.
@@ -330,7 +331,10 @@ def weighted_mean(
     _checks.same_shape("valid", valid, "token_ce", token_ce)
     _checks.same_device(token_ce=token_ce, weights=weights, valid=valid)
     values = torch.where(valid, wide(token_ce), 0)
-    return (_factors(weights, valid, head_weights, normalizer, values.dtype) * values).sum()
+    factors = _factors(weights, valid, head_weights, normalizer, values.dtype)
+    # What counts nothing may be infinite; where it is finite, the weight still has a gradient.
+    values = torch.where((factors == 0) & ~values.isfinite(), 0, values)
+    return (factors * values).sum()
 
 
 def _weigh(
@@ -389,6 +393,9 @@ def _factors(
         _checks.same_shape("weights", weights, "the predictions", valid)
         used = torch.where(valid, weights.to(dtype), 0)
     if normalizer == "weights":
+        # Relative to the largest, which cancels: a sum of huge weights would overflow.
+        peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(1)]).amax()
+        used = used / torch.where(peak > 0, peak, 1)
         whole = used.sum() / heads
     elif normalizer == "tokens":
         whole = valid.sum().to(dtype) / heads
@@ -428,7 +435,7 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(normalizer, str):
         raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
     _checks.in_range("normalizer", normalizer, 0.0, math.inf, open_high=True)
-    return like.new_tensor(normalizer)
+    return like.new_full((), normalizer)
 
 
 def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
@@ -438,7 +445,8 @@ def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
     if not isinstance(head_weights, Tensor):
         for weight in head_weights:
             _checks.in_range("head_weights", weight, 0.0, open_high=True)
-        head_weights = like.new_tensor(head_weights)
+        # Filled on the device: a tensor made from a list would be copied there, and waited for.
+        head_weights = torch.stack([like.new_full((), weight) for weight in head_weights])
     _checks.shape_is("head_weights", head_weights, (heads,), "heads")
     return head_weights.to(like)
 
@@ -451,7 +459,12 @@ def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:
         used = torch.where(valid, weights.detach().to(loss.dtype), 0)
     correct = found.correct if found.correct is not None else torch.zeros_like(valid)
     sums = rearrange(
-        [used * loss, correct.to(loss.dtype), used, valid.to(loss.dtype)],
+        [
+            torch.where(used != 0, used * loss, 0),
+            correct.to(loss.dtype),
+            used,
+            valid.to(loss.dtype),
+        ],
         "quantity batch seq heads -> quantity heads (batch seq)",
     ).sum(-1)
     return MTPLossStats(found.ce, sums[0], sums[1], sums[2], sums[3])

@@ -155,7 +155,8 @@ class WeightedMTPLoss(nn.Module):
         softcap: positive bound of the logits, or ``None``.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: offsets, label smoothing, z-loss or softcap out of range; the other options are
+            checked when the loss is called.
 
     Example:
         >>> import torch

@@ -126,7 +126,7 @@ def _project(
     zeros = count - reach
     # Too few positive entries for a mean of one under hi: the rest is shared among the zeros.
     missing = count - high * reach
-    floor = torch.maximum((missing / zeros.clamp(min=1)), missing.new_tensor(low))
+    floor = (missing / zeros.clamp(min=1)).clamp(min=low)
     short = missing > low * zeros
 
     span = -math.log2(torch.finfo(raw.dtype).tiny * torch.finfo(raw.dtype).eps)

@@ -7,7 +7,7 @@ first-order gradients over them:
 * ``weighted_row_sum``: ``Σ factor · loss`` for factors known beforehand, gradients made on the way.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -229,17 +229,20 @@ class _WeightedRowSum(torch.autograd.Function):
         needs = ctx.needs_input_grad
         upstream = grad_outputs[0]
         scale = upstream * unit
-        scaled: tuple[Tensor, ...]
+        scaled: Any
         if torch.compiler.is_compiling():
-            scaled = _scaled(scale, *gradients)
+            scaled = (*_scaled(scale, *gradients), upstream * loss)
         elif torch.is_grad_enabled():
-            scaled = _Scale.apply(scale, hidden, unembedding, bias, factor, *gradients)  # pyright: ignore
+            tied = (hidden, unembedding, bias, factor)
+            scaled = _Scale.apply(upstream, scale, loss, *gradients, *tied)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
             as_is = not _graph_is_kept() and bool(scale == 1)
-            scaled = tuple(gradients) if as_is else _scaled(scale, *gradients)
-        of_factor = upstream * loss.to(factor.dtype) if needs[8] else None
-        return *_asked_for(scaled, needs[:3]), *[None] * 5, of_factor, None, None, None
+            own = tuple(gradients) if as_is else _scaled(scale, *gradients)
+            scaled = (*own, upstream * loss)
+        *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
+        wanted = of_factor.to(factor.dtype) if needs[8] else None
+        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, None, None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -247,8 +250,8 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        scale, _, _, _, _, *gradients = inputs
-        return _scaled(scale, *gradients)
+        upstream, scale, loss, *gradients = inputs[:6]
+        return *_scaled(scale, *gradients), upstream * loss
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

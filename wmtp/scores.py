@@ -82,7 +82,8 @@ def td_deltas(
     ``δ_j = r_j + γ V_j − V_{j−1}`` where ``V_j`` is the value of the prefix that ends with token
     ``x_j``, so that token ``x_j`` moves ``V_{j−1}`` to ``V_j``. With rewards, the state after the last
     trained token of a document is worth 0: ``δ_last = r_last − V_{last−1}``. At ``γ = 1`` the deltas
-    telescope: their sum over a document is ``R − V_init``, without rewards ``V_last − V_init``.
+    telescope: over a document whose trained tokens follow each other their sum is ``R − V_init``,
+    without rewards ``V_last − V_init``.
 
     Args:
         values: ``[batch seq]``, any float dtype; computed in float32 or wider, for at bfloat16 small
@@ -215,7 +216,7 @@ def group_advantages(
     variance = centred.square().sum(1) / (count - correction).clamp(min=1)
     # A group of equal rewards has no standard deviation, also when their mean rounds.
     alone = torch.where(same, rewards[None, :] - rewards[:, None], 0).eq(0).all(1)
-    return torch.where(alone, 0, (rewards - mean) / torch.where(alone, 1, variance.sqrt() + eps))
+    return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 1, variance).sqrt() + eps))
 
 
 @typed
@@ -283,8 +284,10 @@ def predictive_entropy(
     """
     objective = Objective(softcap=softcap).checked()
     scores = capped(wide(with_heads("logits", logits, "vocab")), objective.softcap)
-    p = scores.softmax(-1)
-    return -torch.xlogy(p, p).sum(-1)
+    log_p = scores.log_softmax(-1)
+    p = log_p.exp()
+    # Masked before the product: 0 · −inf, and its gradient, would be NaN.
+    return -(p * torch.where(p > 0, log_p, 0)).sum(-1)
 
 
 @typed

@@ -141,7 +141,7 @@ def forward_backward_rows(
     active = weighted.nonzero().squeeze(1)
     factor, unit = _split_unit(problem, factor, active)
     hidden, weight = problem.hidden, problem.unembedding
-    of_hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+    of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), problem.wide, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     first = True
@@ -195,7 +195,7 @@ def backward_columns(
                 of_bias[part] += _column_sums(logits, None if row is None else row[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
-    of_hidden = torch.zeros_like(problem.hidden) if needs[0] else x.new_empty(0)
+    of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
         of_hidden[active] = _scaled(of_x, row).to(x.dtype)
     return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
@@ -309,16 +309,20 @@ def _split_unit(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tenso
     """Factors in the wide dtype; for float16 divided by a power of two, which is given too.
 
     A factor of ``1/N`` would push ``p · factor`` into float16's subnormals. Divided by the unit the
-    active factors sum to at most 256, so that sums of them times hidden states do not overflow
-    either. The unit goes back in after the products, in float32, together with the upstream gradient,
-    which for float16 is usually a large loss scale.
+    active factors sum to at most 256, or to less where hidden states or unembedding are so large
+    that the products would overflow. The unit goes back in after the products, in float32, together
+    with the upstream gradient, which for float16 is usually a large loss scale.
     """
     factor = factor.to(problem.wide)
     unit = factor.new_ones(())
     if problem.hidden.dtype != torch.float16:
         return factor, unit
-    total = factor[active].abs().sum()
-    unit = torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total)) - 7), unit)
+    largest = unit
+    for operand in (problem.hidden[active], problem.unembedding):
+        if operand.numel():
+            largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))
+    total = factor[active].abs().sum() / (2.0**14 / largest).clamp(max=128)
+    unit = torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total))), unit)
     return factor / unit, unit
 
 

@@ -171,9 +171,8 @@ def _quantiles(
     if len(entries) == 0:
         return entries.new_zeros(len(levels))
     ordered = torch.where(used, entries, torch.inf).sort().values
-    place = torch.tensor(levels, dtype=torch.float64, device=entries.device) * (count - 1).clamp(
-        min=0
-    )
+    last = (count - 1).clamp(min=0)
+    place = torch.stack([last.double() * level for level in levels])
     below = place.floor().long()
     above = torch.minimum(below + 1, (count - 1).clamp(min=0))
     found = torch.lerp(ordered[below], ordered[above], (place - below).to(entries.dtype))

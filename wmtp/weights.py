@@ -21,6 +21,10 @@ from wmtp.selection import select_top
 from wmtp.whitening import WhiteningStatistics, batch_statistics
 
 
+# Below this a temperature is 0 in float32.
+_COLDEST = 1e-30
+
+
 @typed
 def softmax_weights(
     scores: Float[Tensor, "batch seq"] | Float[Tensor, "batch seq heads"],
@@ -35,7 +39,7 @@ def softmax_weights(
     Args:
         scores: ``[batch seq]`` or ``[batch seq heads]``; NaN counts as −inf.
         valid: same shape, marks the entries that count.
-        temperature: ``T > 0``; large is uniform, small is the maximum alone.
+        temperature: ``T ≥ 1e-30``; large is uniform, small is the maximum alone.
         scope: ``"sequence"``, ``"batch"`` (both within each head), or ``"all"`` heads together.
         group: process group whose ranks share the scope.
 
@@ -55,7 +59,7 @@ def softmax_weights(
     Source: V-MPO, arXiv:1909.12238, equation 4.
     """
     check_weight_shapes("scores", scores, valid)
-    _checks.in_range("temperature", temperature, 0.0, open_low=True, open_high=True)
+    _checks.in_range("temperature", temperature, _COLDEST, open_high=True)
     raw = _exponential(scores, valid, temperature, Scoped(scores, scope, group))
     return normalize_weights(raw, valid, scope=scope, group=group)
 
@@ -76,7 +80,8 @@ def top_k_weights(
 
     Args:
         scores: ``[batch seq]`` or ``[batch seq heads]``.
-        valid: same shape, marks the entries that count.
+        valid: same shape, marks the entries that count. ``weight_statistics(scores, valid)`` counts the
+            NaN scores among them.
         keep: share in (0, 1].
         scope: ``"sequence"``, ``"batch"`` (both within each head, because far heads have structurally
             larger cross entropy), or ``"all"`` heads together.
@@ -130,7 +135,7 @@ def exp_weights(
         whiten: whether to divide by the standard deviation, of each head by itself; without it the
             scores are used as they are.
         statistics: running statistics to whiten with, from ``update_statistics``; ``None``, or
-            statistics that have seen nothing, mean those of this batch.
+            statistics without any spread yet, mean those of this batch.
         scope: where the mean is one; whitening is always over the batch.
         group: process group whose ranks share batch and scope.
 
@@ -151,13 +156,15 @@ def exp_weights(
     Source: AWR, arXiv:1910.00177, equation 7.
     """
     check_weight_shapes("scores", scores, valid)
-    _checks.in_range("beta", beta, 0.0, open_low=True, open_high=True)
+    _checks.in_range("beta", beta, _COLDEST, open_high=True)
     scaled = wide(scores.detach())
     if whiten:
         found = batch_statistics(scores, valid, group)
         if statistics is not None:
-            _checks.same_shape("statistics.mean", statistics.mean, "the scores' heads", found.mean)
-            fresh = statistics.count == 0
+            for name, field in statistics._asdict().items():
+                _checks.same_shape(f"statistics.{name}", field, "the scores' heads", found.mean)
+            # Nothing seen yet, or nothing that differs: no scale to whiten with.
+            fresh = statistics.m2 <= 0
             found = WhiteningStatistics(
                 *(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=True))
             )
@@ -262,7 +269,8 @@ def span_weights(
             raise ValueError(
                 f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
             )
-    table = torch.cat([wide(span_values).detach(), wide(span_values).new_tensor([outside])])
+    inside = wide(span_values).detach()
+    table = torch.cat([inside, inside.new_full((1,), outside)])
     index = torch.where(valid & (span_ids >= 0), span_ids.long(), count)
     return normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
 

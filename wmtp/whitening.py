@@ -73,7 +73,8 @@ def update_statistics(
     new = batch_statistics(scores, valid, group)
     if statistics is None:
         return new
-    _checks.same_shape("statistics.mean", statistics.mean, "the scores' heads", new.mean)
+    for name, field in statistics._asdict().items():
+        _checks.same_shape(f"statistics.{name}", field, "the scores' heads", new.mean)
     old_count = decay * statistics.count
     count = old_count + new.count
     share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)

@@ -43,6 +43,12 @@ def all_zero(x: Tensor) -> bool:
     return bool((x == 0).all())
 
 
+def _bytes(x: Tensor) -> Tensor:
+    # A copy, because a tensor of one element is contiguous whatever its strides are.
+    flat = x.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.view(torch.uint8)
+
+
 @contextmanager
 def untouched(*tensors: Tensor | None) -> Iterator[None]:
     """The tensors keep their bytes and were not written to in between (`_version`)."""
@@ -52,7 +58,7 @@ def untouched(*tensors: Tensor | None) -> Iterator[None]:
     for x, (copy, version) in zip(known, before, strict=True):
         assert x._version == version, "an input was written to"
         if x.numel():  # bytes, because NaN is not equal to itself
-            raw, kept = (y.detach().contiguous().view(-1).view(torch.uint8) for y in (x, copy))
+            raw, kept = (_bytes(y) for y in (x, copy))
             assert torch.equal(raw, kept), "an input changed"
 
 

@@ -47,7 +47,9 @@ def rho1_weights(
         token_ce: ``[batch seq heads]`` cross entropy of the model; a loss hands it in.
         valid: ``[batch seq heads]``, whether there is a target; a loss hands it in.
         reference_nll: ``[batch seq]`` next-token NLL of the reference, indexed by token
-            (``token_nll``), or ``[batch seq heads]``. NaN, an unscored token, ranks last.
+            (``token_nll``), or ``[batch seq heads]``, the reference's own for every head. One
+            next-token NLL for all heads asks far heads for what a near one knows: it ranks them by
+            themselves, but their excess says less. NaN, an unscored token, ranks last.
         keep: share in (0, 1] for ``"top_k"``.
         mode: ``"top_k"`` or ``"softmax"``.
         temperature: ``T > 0`` for ``"softmax"``.

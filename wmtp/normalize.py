@@ -141,9 +141,9 @@ def _project(
     at_high = scoped.total((inside & (scaled >= high)).to(raw.dtype))
     at_low = scoped.total((inside & (scaled <= low)).to(raw.dtype))
     rest = count - low * at_low - (high * at_high if high < math.inf else 0.0)
-    share = scoped.total(torch.where(free, raw, 0))
+    share = scoped.total(torch.where(free, scaled, 0))
     exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 1)
-    out = torch.where(free, raw * exact, scaled).clamp(low, high)
+    out = torch.where(free, scaled * exact, scaled).clamp(low, high)
     return torch.where(short, torch.where(positive, high, floor), out)
 
 

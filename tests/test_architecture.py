@@ -32,6 +32,9 @@ ORDER = [
     "documents",
     "targets",
     "cross_entropy",
+    "problem",
+    "triton_softmax",
+    "slab_softmax",
     "slabs",
     "operators",
     "linear_cross_entropy",
@@ -39,6 +42,7 @@ ORDER = [
     "scopes",
     "selection",
     "scores",
+    "row_local",
     "normalize",
     "whitening",
     "weights",
@@ -125,7 +129,7 @@ SIGNATURES = {
     "weight_statistics": "weights valid | extreme",
     "check_weights": "weights valid | extreme",
 }
-TUPLES = ["MTPLossStats", "WeightStatistics", "WhiteningStatistics"]
+TUPLES = ["MTPLossStats", "RowLocalWeights", "WeightStatistics", "WhiteningStatistics"]
 MODULES = ["LinearWeightedMTPLoss", "MTPHeads", "ValueHead", "WeightedMTPLoss"]
 
 

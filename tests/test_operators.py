@@ -30,7 +30,7 @@ def test_fakes_and_schemas_say_the_truth(layout: str, slab_bytes: int) -> None:
     torch.library.opcheck(torch.ops.wmtp.row_losses.default, (*inputs, True))
     factor = normal(3, 10)
     torch.library.opcheck(
-        torch.ops.wmtp.weighted_row_sum.default, (*inputs, factor, True, True, every)
+        torch.ops.wmtp.weighted_row_sum.default, (*inputs, factor, "none", 1.0, True, True, every)
     )
     torch.library.opcheck(
         torch.ops.wmtp.row_losses_backward.default, (factor, normal(4, 10), *inputs, every)

@@ -36,6 +36,7 @@ from wmtp.nn import MTPHeads as MTPHeads
 from wmtp.nn import ValueHead as ValueHead
 from wmtp.nn import WeightedMTPLoss as WeightedMTPLoss
 from wmtp.normalize import normalize_weights as normalize_weights
+from wmtp.row_local import RowLocalWeights as RowLocalWeights
 from wmtp.scores import el2n as el2n
 from wmtp.scores import excess_loss as excess_loss
 from wmtp.scores import gae as gae
@@ -88,6 +89,7 @@ __all__ = [
     "entropy_weights",
     "el2n_weights",
     "group_relative_weights",
+    "RowLocalWeights",
     "score_weights",
     "span_weights",
     "combine_weights",

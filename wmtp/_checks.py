@@ -6,10 +6,15 @@ Shapes are known without looking at the data, so no check here synchronises a de
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+_DTENSOR_MODULE = "torch.distributed.tensor"
 
 
 class LabelRangeError(ValueError, IndexError):
@@ -73,6 +78,25 @@ def same_dtype(hint: str, **tensors: Tensor | None) -> None:
     if len({tensor.dtype for tensor in present.values()}) > 1:
         dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in present.items())
         raise ValueError(f"dtypes must agree, got {dtypes}; {hint}")
+
+
+def plain_tensors(**tensors: Tensor | None) -> None:
+    """Refuse a sharded tensor (a ``DTensor``): its softmax would run over one rank's share.
+
+    Asks ``sys.modules``, because importing the class would cost everybody what few need; a
+    ``DTensor`` cannot exist before its module does, and Dynamo can trace this.
+    """
+    if _DTENSOR_MODULE not in sys.modules:
+        return
+    kind = sys.modules[_DTENSOR_MODULE].DTensor
+    given: dict[str, Any] = dict(tensors)
+    for name, tensor in given.items():
+        if isinstance(tensor, kind):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor of shape {_shape(tensor)}, "
+                f"placements {tensor.placements}; gather it first: {name}.full_tensor(), or for an "
+                "FSDP parameter unshard() the module that owns it"
+            )
 
 
 def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:

@@ -2,12 +2,16 @@
 
 ``typed`` checks every eager call of a public function. Under ``torch.compile`` and ``torch.export``
 the undecorated function is traced: the checkers inspect frames, which Dynamo refuses, and shapes are
-guarded there anyway. ``JAXTYPING_DISABLE=1`` in the environment turns the checks off.
+guarded there anyway. Where Dynamo gives up on the caller, as it does when the traced function raises,
+the call is repeated in eager mode with Dynamo still watching the frames inside: it is told to leave
+these alone, for a traced checker refuses arguments that are right. ``JAXTYPING_DISABLE=1`` in the
+environment turns the checks off.
 """
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -29,10 +33,18 @@ def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
     checked = jaxtyped(typechecker=_checker)(function)
 
+    @functools.cache
+    def untraced() -> Callable[_P, _R]:
+        compiler: Any = torch.compiler
+        return compiler.disable(checked)
+
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        # Dynamo is slow to import: what nobody has imported need not be kept away.
+        if "torch._dynamo" in sys.modules:
+            return untraced()(*args, **kwargs)
         return checked(*args, **kwargs)
 
     return call

@@ -181,6 +181,7 @@ def predict(
     with_correct: bool = False,
 ) -> Predictions:
     """Everything the losses need of the logits."""
+    _checks.plain_tensors(logits=logits, labels=labels)
     logits = with_heads("logits", logits, "vocab")
     batch, seq, heads, vocab = logits.shape
     _checks.same_device(logits=logits, labels=labels)

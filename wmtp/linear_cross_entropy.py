@@ -20,7 +20,7 @@ from wmtp.cross_entropy import (
 )
 from wmtp.documents import shift_right
 from wmtp.operators import row_losses, weighted_row_sum
-from wmtp.slabs import Problem, Rows, slab_budget
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
 
@@ -161,8 +161,9 @@ def linear_problem(
     slab_bytes: int | None,
 ) -> tuple[Problem, Bool[Tensor, "batch seq heads"]]:
     """Checked arguments as rows of one problem, and which predictions have a target."""
+    _checks.plain_tensors(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
     hidden = with_heads("hidden", hidden, "dim")
-    _checks.rank_in("unembedding", unembedding, (2,), "[vocab dim]")
+    _checks.rank_in("unembedding", unembedding, (2,), "[vocab dim], gathered if sharded")
     batch, seq, heads, dim = hidden.shape
     vocab = unembedding.shape[0]
     if unembedding.shape[1] != dim:
@@ -192,7 +193,7 @@ def linear_problem(
     )
     rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
     target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")
-    budget = slab_budget(slab_bytes, vocab, hidden.dtype)
+    budget = slab_budget(slab_bytes, unembedding)
     return Problem(rows, unembedding, bias, target, *objective.numbers, budget), valid
 
 
@@ -208,16 +209,18 @@ def linear_weighted_sum(
     problem: Problem,
     valid: Bool[Tensor, "batch seq heads"],
     factors: Float[Tensor, "batch seq heads"],
+    weighting: RowLocal = NOT_LOCAL,
     *,
     with_stats: bool = False,
-) -> tuple[Float[Tensor, ""], Predictions]:
-    """``Σ factor · ℓ`` for factors that do not depend on ``ℓ``, with its gradients in one pass.
+) -> tuple[Float[Tensor, ""], Predictions, Float[Tensor, "batch seq heads"]]:
+    """``Σ factor · weight · ℓ`` for factors that do not depend on ``ℓ``, gradients in the same pass.
 
-    The predictions are detached, and without ``with_stats`` known only where the factor is not 0.
+    The weight is what ``weighting`` makes of each prediction's own logits, and is given back. The
+    predictions are detached, and without ``with_stats`` known only where the factor is not 0.
     """
     flat = rearrange(factors, "batch seq heads -> (batch seq heads)")
-    total, rows = weighted_row_sum(problem, flat, with_stats, with_stats)
-    return total, _predictions(rows, problem, valid, with_stats)
+    total, rows = weighted_row_sum(problem, flat, with_stats, with_stats, weighting)
+    return total, _predictions(rows, problem, valid, with_stats), rows.weight.view(valid.shape)
 
 
 def _predictions(rows: Rows, problem: Problem, valid: Tensor, with_correct: bool) -> Predictions:

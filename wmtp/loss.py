@@ -22,12 +22,19 @@ from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.slabs import Problem
+from wmtp.problem import Problem
+from wmtp.row_local import RowLocalWeights, as_operator_takes, weights_from_logits
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
 
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
-Weights = Float[Tensor, "batch seq"] | Float[Tensor, "batch seq heads"] | WeightFunction | None
+Weights = (
+    Float[Tensor, "batch seq"]
+    | Float[Tensor, "batch seq heads"]
+    | WeightFunction
+    | RowLocalWeights
+    | None
+)
 Normalizer = Literal["weights", "tokens"] | float | Float[Tensor, ""] | Int[Tensor, ""]
 HeadWeights = Sequence[float] | Float[Tensor, " heads"] | None
 
@@ -79,7 +86,8 @@ def weighted_mtp_loss(
         weights: ``None`` (ones); ``[batch seq]``, indexed by token and aligned here with ``offsets``;
             ``[batch seq heads]``, aligned with the logits; or a function
             ``(token_ce, valid) -> [batch seq heads]``, called with the detached plain cross entropy,
-            such as ``partial(rho1_weights, reference_nll=nll)``. Tensors that require grad get one.
+            such as ``partial(rho1_weights, reference_nll=nll)``; or ``RowLocalWeights("dft")`` and its
+            like. Tensors that require grad get one.
         offsets: which token each head predicts, ``1, …, heads`` by default.
         head_weights: ``λ``, one per head, used as given: ``(1, 0.1, 0.1, 0.1)`` is next-token loss
             plus 0.1 times each extra head's. ``1 / heads`` each by default.
@@ -117,6 +125,8 @@ def weighted_mtp_loss(
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
     found = predict(logits, labels, offsets, ignore_index, objective)
+    if isinstance(weights, RowLocalWeights):
+        weights = weights_from_logits(weights, logits, found, objective)
     return _weigh(found, weights, offsets, head_weights, normalizer)[0]
 
 
@@ -146,7 +156,7 @@ def linear_weighted_mtp_loss(
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.
         unembedding: ``[vocab dim]``, of the same dtype.
         labels: as in ``weighted_mtp_loss``, and so are all that follow but the next and the last.
-        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]``, a function or ``RowLocalWeights``.
         bias: ``[vocab]``, or ``None``.
         offsets: which token each head predicts.
         head_weights: ``λ``.
@@ -199,7 +209,7 @@ def weighted_mtp_loss_and_stats(
     Args:
         logits: as in ``weighted_mtp_loss``, and so are the others.
         labels: ``[batch seq]`` or ``[batch seq heads]``.
-        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]``, a function or ``RowLocalWeights``.
         offsets: which token each head predicts.
         head_weights: ``λ``.
         normalizer: ``"weights"``, ``"tokens"`` or a count.
@@ -227,6 +237,8 @@ def weighted_mtp_loss_and_stats(
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
     found = predict(logits, labels, offsets, ignore_index, objective, with_correct=True)
+    if isinstance(weights, RowLocalWeights):
+        weights = weights_from_logits(weights, logits, found, objective)
     loss, used = _weigh(found, weights, offsets, head_weights, normalizer)
     return loss, _stats(found, used)
 
@@ -254,7 +266,7 @@ def linear_weighted_mtp_loss_and_stats(
         hidden: as in ``linear_weighted_mtp_loss``, and so are the others.
         unembedding: ``[vocab dim]``.
         labels: ``[batch seq]`` or ``[batch seq heads]``.
-        weights: ``None``, ``[batch seq]``, ``[batch seq heads]`` or a function.
+        weights: ``None``, ``[batch seq]``, ``[batch seq heads]``, a function or ``RowLocalWeights``.
         bias: ``[vocab]``, or ``None``.
         offsets: which token each head predicts.
         head_weights: ``λ``.
@@ -358,7 +370,7 @@ def _weigh(
 def _weigh_linear(
     problem: Problem,
     valid: Tensor,
-    weights: Tensor | WeightFunction | None,
+    weights: Tensor | WeightFunction | RowLocalWeights | None,
     offsets: Offsets | None,
     head_weights: HeadWeights,
     normalizer: Normalizer,
@@ -367,15 +379,31 @@ def _weigh_linear(
 ) -> tuple[Tensor, Tensor | None, Predictions]:
     """The loss of a linear problem, the weights it used, and what was found on the way.
 
-    Weights that are known make gradients in the forward pass, three products in all; weights that
-    wait for the cross entropy need a fourth, to recompute the logits of what they leave.
+    Weights that are known, or that a row determines, make gradients in the forward pass, three
+    products in all; weights that wait for the cross entropy of every row need a fourth, to recompute
+    the logits of what they leave.
     """
+    if isinstance(weights, RowLocalWeights):
+        # The weights are not known yet, and neither is a denominator made of them.
+        by_weights = normalizer == "weights"
+        factors = _factors(
+            None, valid, head_weights, 1.0 if by_weights else normalizer, problem.wide
+        )
+        loss, found, used = linear_weighted_sum(
+            problem, valid, factors, as_operator_takes(weights), with_stats=with_stats
+        )
+        if by_weights:
+            whole = torch.where(valid, used, 0).sum() / valid.shape[2]
+            # Less than this has no reciprocal: every probability underflowed.
+            empty = whole < torch.finfo(problem.wide).tiny
+            loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
+        return loss, used, found
     if callable(weights):
         found = linear_predict(problem, valid, with_correct=with_stats)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
     factors = _factors(used, valid, head_weights, normalizer, problem.wide)
-    loss, found = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
+    loss, found, _ = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
     return loss, used, found
 
 

@@ -12,15 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wmtp.slabs import (
-    Gradients,
-    Problem,
-    Rows,
-    backward_columns,
-    forward_backward_rows,
-    forward_rows,
-    wide_dtype,
-)
+from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
+from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
 
 
 def row_losses(problem: Problem, with_correct: bool) -> Rows:
@@ -31,12 +24,16 @@ def row_losses(problem: Problem, with_correct: bool) -> Rows:
 
 
 def weighted_row_sum(
-    problem: Problem, factor: Tensor, with_correct: bool, every_row: bool
+    problem: Problem,
+    factor: Tensor,
+    with_correct: bool,
+    every_row: bool,
+    weighting: RowLocal = NOT_LOCAL,
 ) -> tuple[Tensor, Rows]:
-    """``Σ factor · loss``, differentiable in the factor too, and the rows, detached.
+    """``Σ factor · weight · loss``, differentiable in the factor too, and the rows, detached.
 
     Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
-    is the loss of the row.
+    is the weighted loss of the row.
     """
     grad = torch.is_grad_enabled()
     bias = problem.bias
@@ -46,11 +43,11 @@ def weighted_row_sum(
         grad and bias is not None and bias.requires_grad,
     ]
     every_row = every_row or (grad and factor.requires_grad)
-    inputs = (*problem, factor, with_correct, every_row, needs)
+    inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
     direct = _compiled_without_gradient(*problem[:3], factor)
     run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
     out: list[Tensor] = list(run(*inputs))
-    return out[0], Rows(*out[1:5])
+    return out[0], Rows(*out[1:6])
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
@@ -76,11 +73,11 @@ def _row_losses(
     softcap: float,
     slab_bytes: int,
     with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
-    return forward_rows(problem, with_correct)
+    return forward_columns(problem, with_correct)
 
 
 @torch.library.custom_op("wmtp::row_losses_backward", mutates_args=())
@@ -118,22 +115,28 @@ def _weighted_row_sum(
     softcap: float,
     slab_bytes: int,
     factor: Tensor,
+    kind: str,
+    power: float,
     with_correct: bool,
     every_row: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
-    if any(needs):
-        rows, gradients = forward_backward_rows(problem, factor, with_correct, every_row, needs)
+    weighting = RowLocal(kind, power)
+    if any(needs) or weighting != NOT_LOCAL:
+        rows, gradients = forward_backward_rows(
+            problem, factor, weighting, with_correct, every_row, needs
+        )
     else:
         wanted = target if every_row else torch.where(factor != 0, target, -1)
-        rows = forward_rows(problem._replace(target=wanted), with_correct)
+        rows = forward_columns(problem._replace(target=wanted), with_correct)
         nothing = (hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0))
         gradients = Gradients(*nothing, unit=rows.loss.new_ones(()))
     # A row of factor 0 counts nothing, whatever it holds.
-    total = torch.where(factor != 0, factor.to(rows.loss.dtype) * rows.loss, 0).sum()
+    weighted = factor.to(rows.loss.dtype) * rows.weight
+    total = torch.where(weighted != 0, weighted * rows.loss, 0).sum()
     return total, *rows, *gradients  # pyright: ignore[reportReturnType]
 
 
@@ -158,8 +161,10 @@ def _(hidden: Tensor, unembedding: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
     rows = hidden.shape[0]
-    numbers = (hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(3))
-    return *numbers, hidden.new_empty(rows, dtype=torch.bool)
+    loss, ce, lse, weight = (
+        hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(4)
+    )
+    return loss, ce, lse, hidden.new_empty(rows, dtype=torch.bool), weight
 
 
 def _fake_gradients(hidden: Tensor, unembedding: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -183,9 +188,12 @@ class _RowLosses(torch.autograd.Function):
         ctx.options = (smoothing, z_loss, softcap, slab_bytes)
         ctx.save_for_backward(output[2], *tensors)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        if grad_outputs[0] is None:
+            return (None,) * 9
         needs = list(ctx.needs_input_grad[:3])
         inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
         # Dynamo cannot trace a Function inside a backward; it refuses double backward by itself.
@@ -219,30 +227,32 @@ class _WeightedRowSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, loss, _, _, _, *gradients_and_unit = output
-        ctx.save_for_backward(*inputs[:3], inputs[8], loss, *gradients_and_unit)
+        _, loss, _, _, _, weight, *gradients_and_unit = output
+        ctx.save_for_backward(*inputs[:3], inputs[8], loss, weight, *gradients_and_unit)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        hidden, unembedding, bias, factor, loss, *gradients, unit = ctx.saved_tensors
+        if grad_outputs[0] is None:
+            return (None,) * 14
+        hidden, unembedding, bias, factor, loss, weight, *gradients, unit = ctx.saved_tensors
         needs = ctx.needs_input_grad
         upstream = grad_outputs[0]
-        scale = upstream * unit
+        scale, values = upstream * unit, weight * loss
         scaled: Any
         if torch.compiler.is_compiling():
-            scaled = (*_scaled(scale, *gradients), upstream * loss)
+            scaled = (*_scaled(scale, *gradients), upstream * values)
         elif torch.is_grad_enabled():
             tied = (hidden, unembedding, bias, factor)
-            scaled = _Scale.apply(upstream, scale, loss, *gradients, *tied)  # pyright: ignore
+            scaled = _Scale.apply(upstream, scale, values, *gradients, *tied)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
-            as_is = not _graph_is_kept() and bool(scale == 1)
-            own = tuple(gradients) if as_is else _scaled(scale, *gradients)
-            scaled = (*own, upstream * loss)
+            own = _scaled(scale, *gradients) if _graph_is_kept() else _scale_(scale, *gradients)
+            scaled = (*own, upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
         wanted = of_factor.to(factor.dtype) if needs[8] else None
-        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, None, None, None
+        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5
 
 
 class _Scale(torch.autograd.Function):
@@ -250,8 +260,8 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        upstream, scale, loss, *gradients = inputs[:6]
-        return *_scaled(scale, *gradients), upstream * loss
+        upstream, scale, values, *gradients = inputs[:6]
+        return *_scaled(scale, *gradients), upstream * values
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -267,6 +277,15 @@ def _scaled(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     return tuple((gradient * scale[None]).to(gradient.dtype) for gradient in gradients)
 
 
+def _scale_(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The same in place, by parts: no second gradient of the unembedding's size."""
+    if not bool(scale == 1):
+        for gradient in gradients:
+            for part in gradient.split(_PART_ROWS):
+                part.copy_(part * scale[None])
+    return gradients
+
+
 def _graph_is_kept() -> bool:
     """Whether this backward pass may be followed by another; yes where torch does not tell."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore
@@ -277,6 +296,7 @@ def _asked_for(gradients: Any, needs: Any) -> tuple[Tensor | None, ...]:
     return tuple(found if need else None for found, need in zip(gradients, needs, strict=True))
 
 
+_PART_ROWS = 4096
 _ONCE = (
     "the linear losses have first-order gradients only; for a second backward compute the logits "
     "and call the dense form (mtp_ce_loss, weighted_mtp_loss)"

@@ -1,163 +1,138 @@
 """The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
-Three walks over the same matrix of logits, none of which holds more of it than a slab:
+Three walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
+by one product, finished by ``slab_softmax.py``, and used by up to two more products.
 
-* ``forward_rows``: slabs of rows, loss and log-sum-exp of each. One product.
+* ``forward_columns``: loss and log-sum-exp of each row. Slabs of vocabulary. One product.
 * ``backward_columns``: the gradient for any upstream gradient, given the log-sum-exp. Slabs of
   vocabulary, so that each slice of the unembedding gradient is written once. Three products.
-* ``forward_backward_rows``: both at once, for a factor per row that is known beforehand. Slabs of
-  rows. Three products in all, for the rows whose factor is not zero.
+* ``forward_backward_rows``: both at once, for a factor per row that is known beforehand or that the
+  row itself determines. Slabs of rows. Three products in all, for the rows whose factor is not zero.
 
 Rows without a target (``target < 0``) enter no product. Plain functions of tensors: gradients and
 ``torch.compile`` are the business of ``operators.py``.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
+from wmtp.slab_softmax import (
+    gradient_over_columns,
+    gradient_over_rows,
+    reduce_columns,
+    scratch_for,
+)
 
-DEFAULT_SLAB_BYTES = 64 * 2**20
-# Rows are finished in tiles that stay in the cache between the passes of a softmax.
-_TILE_BYTES = 2**20
-# How many rows of a product are made at a time where they must be widened.
+
+# Walks over the vocabulary gain nothing from a larger slab than this: it leaves the cache.
+_COLUMN_SLAB_CELLS = 2**23
+# How many rows are copied or widened at a time.
 _PART_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
 
 
-class Rows(NamedTuple):
-    """What is known of each row, 0 (or false) where nothing was computed; all ``[rows]``.
-
-    Attributes:
-        loss: the objective.
-        ce: the plain cross entropy.
-        lse: the log-sum-exp of the logits.
-        correct: whether the target is the first most probable token.
-    """
-
-    loss: Tensor
-    ce: Tensor
-    lse: Tensor
-    correct: Tensor
-
-
-class Problem(NamedTuple):
-    """The logits that nobody holds, ``hidden @ unembedding.T + bias``, and what is asked of them.
-
-    Attributes:
-        hidden: ``[rows dim]``.
-        unembedding: ``[vocab dim]``, same dtype.
-        bias: ``[vocab]``, same dtype, or ``None``.
-        target: ``[rows]`` int64, negative where there is none.
-        label_smoothing: see ``cross_entropy.Objective``.
-        z_loss: see there.
-        softcap: see there; 0 means none.
-        slab_bytes: budget for the logits held at once.
-    """
-
-    hidden: Tensor
-    unembedding: Tensor
-    bias: Tensor | None
-    target: Tensor
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-    slab_bytes: int
-
-    @property
-    def vocab(self) -> int:
-        return self.unembedding.shape[0]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The dtype of everything that is summed."""
-        return wide_dtype(self.hidden.dtype)
-
-    @property
-    def cells(self) -> int:
-        """How many logits fit into the budget."""
-        return max(1, self.slab_bytes // _bytes_per_logit(self.hidden.dtype))
-
-    def empty_rows(self) -> Rows:
-        """Zeros to be filled in."""
-        size = len(self.target)
-        loss, ce, lse = (self.hidden.new_zeros(size, dtype=self.wide) for _ in range(3))
-        return Rows(loss, ce, lse, self.hidden.new_zeros(size, dtype=torch.bool))
-
-
-class Gradients(NamedTuple):
-    """For ``hidden``, ``unembedding`` and ``bias``, in their dtype; empty where not needed.
-
-    They are still to be multiplied with ``unit``, see ``_split_unit``.
-    """
-
-    hidden: Tensor
-    unembedding: Tensor
-    bias: Tensor
-    unit: Tensor
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def slab_budget(slab_bytes: int | None, vocab: int, dtype: torch.dtype) -> int:
-    """Bytes of logits that may be held at once, refused if not even one row fits."""
-    row = vocab * _bytes_per_logit(dtype)
-    if slab_bytes is None:
-        return max(DEFAULT_SLAB_BYTES, row)
-    if slab_bytes < row:
-        raise ValueError(
-            f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "
-            f"{vocab}, got {slab_bytes}"
-        )
-    return slab_bytes
-
-
-def forward_rows(problem: Problem, with_correct: bool) -> Rows:
+def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     """Loss, cross entropy and log-sum-exp of every row that has a target."""
     found = problem.empty_rows()
     # One deliberate synchronisation: rows without a target are left out of the product.
     active = (problem.target >= 0).nonzero().squeeze(1)
-    for block, logits in _row_slabs(problem, active):
-        _finish_rows(problem, block, logits, found, with_correct, None)
+    rows, columns = _column_slab(problem, min(len(active), _PART_ROWS))
+    slab = problem.hidden.new_empty(rows * columns)
+    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 8)
+    for some in _parts(len(active), rows):
+        block = active[some]
+        x, wanted = problem.hidden[block], problem.target[block]
+        parts: list[Tensor] = []
+        chosen = total = torch.zeros_like(found.lse[block])
+        best, best_at = torch.full_like(chosen, -math.inf), torch.zeros_like(wanted)
+        for part in _parts(problem.vocab, columns):
+            logits = slab[: len(block) * (part.stop - part.start)].view(len(block), -1)
+            _product(problem, x, part, logits)
+            seen = reduce_columns(
+                logits, wanted - part.start, problem.softcap, with_correct,
+                problem.label_smoothing > 0, scratch,
+            )  # fmt: skip
+            parts.append(seen.lse)
+            chosen = chosen + seen.chosen
+            if problem.label_smoothing:
+                total = total + seen.total
+            if with_correct:
+                better = seen.best > best
+                best = torch.where(better, seen.best, best)
+                best_at = torch.where(better, seen.best_at + part.start, best_at)
+        lse = torch.stack(parts, 1).logsumexp(1)
+        ce = lse - chosen
+        loss = ce
+        if problem.label_smoothing:
+            loss = torch.lerp(ce, lse - total / problem.vocab, problem.label_smoothing)
+        if problem.z_loss:
+            loss = loss + problem.z_loss * lse.square()
+        found.loss[block], found.ce[block], found.lse[block] = loss, ce, lse
+        found.weight[block] = 1
+        if with_correct:
+            found.correct[block] = best_at == wanted
     return found
 
 
 def forward_backward_rows(
-    problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
+    problem: Problem,
+    factor: Tensor,
+    weighting: RowLocal,
+    with_correct: bool,
+    every_row: bool,
+    needs: list[bool],
 ) -> tuple[Rows, Gradients]:
-    """Rows, and the gradients of ``Σ factor · loss`` for hidden states, unembedding and bias.
+    """Rows, and the gradients of ``Σ factor · weight · loss`` for hidden, unembedding and bias.
 
-    Rows of factor 0 are left out of everything, or with ``every_row`` only of the gradients.
+    The weight is what ``weighting`` gives each row, a constant to the gradient. Rows of factor 0 are
+    left out of everything, or with ``every_row`` only of the gradients. Gradients are still to be
+    multiplied with ``unit``: see ``_split_unit``.
     """
+    if needs[1] and weighting == NOT_LOCAL and not _room_for_sum(problem):
+        return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     found = problem.empty_rows()
     has_target = problem.target >= 0
     weighted = has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
-    factor, unit = _split_unit(problem, factor, active)
+    factor, unit = _split_unit(problem, factor, active, weighting)
     hidden, weight = problem.hidden, problem.unembedding
+    rows = _row_slab(problem, len(active), needs[1])
+    # One product needs no wider sum.
+    sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)
-    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), problem.wide, active)
+    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), sum_dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    first = True
-    for block, logits in _row_slabs(problem, active):
-        _finish_rows(problem, block, logits, found, with_correct, factor)
-        x, row = hidden[block], _row_scale(problem, factor[block])
+    slab = hidden.new_empty(rows, problem.vocab)
+    scratch = scratch_for(slab, problem.slab_bytes // 8)
+    for some in _parts(len(active), rows):
+        block = active[some]
+        x, wanted, logits = hidden[block], problem.target[block], slab[: len(block)]
+        _product(problem, x, slice(0, problem.vocab), logits)
+        done = gradient_over_rows(
+            logits, wanted, factor[block], problem.label_smoothing, problem.z_loss,
+            problem.softcap, weighting, with_correct, scratch,
+        )  # fmt: skip
+        for column, values in zip(found, done, strict=False):
+            column[block] = values
         if needs[0]:
-            of_hidden[block] = _scaled(logits @ weight, row)
+            of_x = logits @ weight
+            of_hidden[block] = _with_target(of_x, weight[wanted], done.at_target).to(x.dtype)
         if needs[1]:
-            _add_product(of_weight, logits.T, _scaled(x, row), fresh=first)
+            _add_product(of_weight, logits.T, x, fresh=some.start == 0)
+            _add_targets(of_weight, wanted, x, done.at_target)
         if needs[2]:
-            of_bias += _column_sums(logits, row)
-        first = False
+            of_bias += logits.sum(0, dtype=of_bias.dtype)
+            of_bias.index_add_(0, wanted, done.at_target)
+    # Freed before the sum is narrowed: what comes takes its place.
+    del slab, scratch
     if every_row:
-        for block, logits in _row_slabs(problem, (has_target & ~weighted).nonzero().squeeze(1)):
-            _finish_rows(problem, block, logits, found, with_correct, None)
+        left = torch.where(weighted, -1, problem.target)
+        _fill_in(found, forward_columns(problem._replace(target=left), with_correct), ~weighted)
     return found, Gradients(of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype), unit)
 
 
@@ -166,50 +141,63 @@ def backward_columns(
 ) -> Gradients:
     """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary."""
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
-    factor, unit = _split_unit(problem, upstream, active)
+    factor, unit = _split_unit(problem, upstream, active, NOT_LOCAL)
     factor, wanted, lse = factor[active], problem.target[active], lse[active]
-    x, weight, row = problem.hidden[active], problem.unembedding, _row_scale(problem, factor)
-    x_scaled = _scaled(x, row)
+    x, weight = problem.hidden[active], problem.unembedding
     of_x = _unfilled(x, x.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    rows, columns = _tile_shape(len(active), problem)
+    at_target = torch.zeros_like(factor)
+    rows, columns = _column_slab(problem, len(active))
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     slab = x.new_empty(rows * columns)
-    for first in range(0, problem.vocab if len(active) else 0, columns):
-        part = slice(first, min(first + columns, problem.vocab))
+    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 8)
+    for part in _parts(problem.vocab if len(active) else 0, columns):
         total = of_weight[part]
         if needs[1] and sum_dtype != total.dtype:
             total = torch.empty_like(total, dtype=sum_dtype)
         for start in range(0, len(active), rows):
             block = slice(start, min(start + rows, len(active)))
-            logits = slab[: (block.stop - start) * (part.stop - first)].view(block.stop - start, -1)
+            logits = slab[: (block.stop - start) * (part.stop - part.start)]
+            logits = logits.view(block.stop - start, -1)
             _product(problem, x[block], part, logits)
-            _finish_columns(problem, logits, wanted[block] - first, lse[block], factor[block])
+            at_target[block] += gradient_over_columns(
+                logits, wanted[block] - part.start, lse[block], factor[block],
+                problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
+            )  # fmt: skip
             if needs[0]:
-                _add_product(of_x[block], logits, weight[part], fresh=first == 0)
+                _add_product(of_x[block], logits, weight[part], fresh=part.start == 0)
             if needs[1]:
-                _add_product(total, logits.T, x_scaled[block], fresh=start == 0)
+                _add_product(total, logits.T, x[block], fresh=start == 0)
             if needs[2]:
-                of_bias[part] += _column_sums(logits, None if row is None else row[block])
+                of_bias[part] += logits.sum(0, dtype=of_bias.dtype)
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
-    if needs[0]:
-        of_hidden[active] = _scaled(of_x, row).to(x.dtype)
+    for part in _parts(len(active), _PART_ROWS):
+        if needs[0]:
+            whole = _with_target(of_x[part], weight[wanted[part]], at_target[part])
+            of_hidden[active[part]] = whole.to(x.dtype)
+    if needs[1]:
+        _add_targets(of_weight, wanted, x, at_target)
+    if needs[2]:
+        of_bias.index_add_(0, wanted, at_target)
     return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
 
 
-def _row_slabs(problem: Problem, active: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices of a block of the active rows and its logits, in one buffer used again and again."""
-    step = max(1, problem.cells // problem.vocab)
-    slab = problem.hidden.new_empty(min(step, len(active)), problem.vocab)
-    for start in range(0, len(active), step):
-        block = active[start : start + step]
-        logits = slab[: len(block)]
-        _product(problem, problem.hidden[block], slice(0, problem.vocab), logits)
-        yield block, logits
+def _forward_then_backward(
+    problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
+) -> tuple[Rows, Gradients]:
+    """A fourth product instead of a wide sum of the unembedding's gradient."""
+    wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
+    found = forward_columns(problem._replace(target=wanted), with_correct)
+    return found, backward_columns(problem, factor, found.lse, needs)
+
+
+def _fill_in(found: Rows, more: Rows, where: Tensor) -> None:
+    for column, values in zip(found, more, strict=True):
+        torch.where(where, values, column, out=column)
 
 
 def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
@@ -220,92 +208,9 @@ def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
         torch.addmm(problem.bias[part], x, weight, out=out)
 
 
-def _finish_rows(
-    problem: Problem,
-    block: Tensor,
-    logits: Tensor,
-    found: Rows,
-    with_correct: bool,
-    factor: Tensor | None,
-) -> None:
-    """Softmax of whole rows: write what is found, and with a factor the gradient over the logits."""
-    for tile in _row_tiles(logits):
-        rows = block[tile]
-        wanted = problem.target[rows].unsqueeze(1)
-        z, slope = _capped(problem, logits[tile].to(problem.wide), factor is not None)
-        peak = z.amax(1, keepdim=True)
-        chosen = z.gather(1, wanted)
-        if with_correct:
-            found.correct[rows] = (z.argmax(1, keepdim=True) == wanted).squeeze(1)
-        mean = z.mean(1, keepdim=True) if problem.label_smoothing else None
-        p = z.sub_(peak).exp_()
-        total = p.sum(1, keepdim=True)
-        lse = peak + total.log()
-        ce = lse - chosen
-        loss = ce if mean is None else torch.lerp(ce, lse - mean, problem.label_smoothing)
-        if problem.z_loss:
-            loss = loss + problem.z_loss * lse.square()
-        found.loss[rows], found.ce[rows], found.lse[rows] = (
-            column.squeeze(1) for column in (loss, ce, lse)
-        )
-        if factor is not None:
-            p.mul_(total.reciprocal_())
-            _write_gradient(problem, p, wanted, lse, slope, factor[rows], logits[tile])
-
-
-def _finish_columns(
-    problem: Problem, logits: Tensor, wanted: Tensor, lse: Tensor, factor: Tensor
-) -> None:
-    """Write the gradient over a slab of vocabulary; ``wanted`` counts from its first column."""
-    for tile in _row_tiles(logits):
-        z, slope = _capped(problem, logits[tile].to(problem.wide), True)
-        row_lse = lse[tile].unsqueeze(1)
-        p = z.sub_(row_lse).exp_()
-        _write_gradient(
-            problem, p, wanted[tile].unsqueeze(1), row_lse, slope, factor[tile], logits[tile]
-        )
-
-
-def _write_gradient(
-    problem: Problem,
-    p: Tensor,
-    wanted: Tensor,
-    lse: Tensor,
-    slope: Tensor | None,
-    factor: Tensor,
-    out: Tensor,
-) -> None:
-    """Turn probabilities into ``dℓ/dz`` and write them to the slab.
-
-    ``dℓ/dz_v = (1 + 2 · z_loss · lse) p_v − (1 − ε) [v = y] − ε / V``, times the softcap's slope. In a
-    narrow dtype the row's factor goes in before the one rounding; otherwise it scales rows × dim of
-    the products instead, which is less work.
-    """
-    smoothing = problem.label_smoothing
-    if problem.z_loss:
-        p.mul_(1 + 2 * problem.z_loss * lse)
-    inside = (wanted >= 0) & (wanted < p.shape[1])
-    p.scatter_add_(1, torch.where(inside, wanted, 0), inside.to(p.dtype) * (smoothing - 1))
-    if smoothing:
-        p.sub_(smoothing / problem.vocab)
-    if slope is not None:
-        p.mul_(slope)
-    if p.dtype != out.dtype:
-        torch.mul(p, factor.unsqueeze(1), out=p)
-    if p.data_ptr() != out.data_ptr():
-        out.copy_(p)
-
-
-def _capped(problem: Problem, z: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Apply the softcap in place; with its derivative ``1 − tanh²`` if asked for."""
-    if not problem.softcap:
-        return z, None
-    z.div_(problem.softcap).tanh_()
-    slope = 1 - z.square() if with_slope else None
-    return z.mul_(problem.softcap), slope
-
-
-def _split_unit(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def _split_unit(
+    problem: Problem, factor: Tensor, active: Tensor, weighting: RowLocal
+) -> tuple[Tensor, Tensor]:
     """Factors in the wide dtype; for float16 divided by a power of two, which is given too.
 
     A factor of ``1/N`` would push ``p · factor`` into float16's subnormals. Divided by the unit the
@@ -321,18 +226,12 @@ def _split_unit(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tenso
     for operand in (problem.hidden[active], problem.unembedding):
         if operand.numel():
             largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))
-    total = factor[active].abs().sum() / (2.0**14 / largest).clamp(max=128)
+    # No weight is larger: probabilities, log V of an entropy, √2 of an EL2N score.
+    base = {"entropy": max(1.0, math.log(problem.vocab)), "el2n": 2**0.5}.get(weighting.kind, 1.0)
+    total = factor[active].abs().sum() * base**weighting.power
+    total = total / (2.0**14 / largest).clamp(max=128)
     unit = torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total))), unit)
     return factor / unit, unit
-
-
-def _row_scale(problem: Problem, factor: Tensor) -> Tensor | None:
-    """What rows × dim are still to be multiplied with: see ``_write_gradient``."""
-    return factor.unsqueeze(1) if problem.hidden.dtype == problem.wide else None
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
 
 
 def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Tensor) -> Tensor:
@@ -347,32 +246,55 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
-    for start in range(0, len(a), _PART_ROWS):
-        part = slice(start, start + _PART_ROWS)
+    for part in _parts(len(a), _PART_ROWS):
         product = a[part] @ b
         total[part].copy_(product) if fresh else total[part].add_(product)
 
 
-def _column_sums(logits: Tensor, row: Tensor | None) -> Tensor:
-    if row is None:
-        return logits.sum(0, dtype=wide_dtype(logits.dtype))
-    return torch.mv(logits.T, row.squeeze(1))
+def _with_target(of_x: Tensor, weight_rows: Tensor, at_target: Tensor) -> Tensor:
+    """Add the target's part, exact, to a product that left it out."""
+    return (at_target.unsqueeze(1) * weight_rows).add_(of_x)
 
 
-def _row_tiles(logits: Tensor) -> Iterator[slice]:
-    """Slices of a few rows each, small enough for the cache."""
-    rows, columns = logits.shape
-    step = max(1, _TILE_BYTES // (columns * 4))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor) -> None:
+    """Add ``at_target · x`` to the targets' rows, each rounded once."""
+    wide = at_target.dtype
+    if of_weight.dtype == wide:
+        of_weight.index_add_(0, wanted, at_target.unsqueeze(1) * x)
+        return
+    order = wanted.argsort()
+    for part in order.split(_PART_ROWS):
+        rows, place = wanted[part].unique(return_inverse=True)
+        total = of_weight[rows].to(wide)
+        total.index_add_(0, place, at_target[part].unsqueeze(1) * x[part])
+        of_weight[rows] = total.to(of_weight.dtype)
 
 
-def _tile_shape(rows: int, problem: Problem) -> tuple[int, int]:
+def _room_for_sum(problem: Problem) -> bool:
+    """Whether the budget holds a wide sum of the unembedding's gradient, or none is needed."""
+    return (
+        problem.slab_bytes - problem.sum_bytes >= problem.row_bytes
+        or len(problem.target) * problem.row_bytes <= problem.slab_bytes
+    )
+
+
+def _row_slab(problem: Problem, rows: int, with_weight: bool) -> int:
+    """How many rows of whole logits the budget holds, beside a wide sum if there must be one."""
+    most = problem.slab_bytes // problem.row_bytes
+    if rows > most and with_weight:
+        most = (problem.slab_bytes - problem.sum_bytes) // problem.row_bytes
+    return min(rows, max(1, most))
+
+
+def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
     """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them."""
-    cells = problem.cells
-    columns = min(problem.vocab, max(cells // max(rows, 1), min(_MIN_COLUMNS, cells)))
-    return max(1, min(rows, cells // columns)), columns
+    budget = max(1, problem.slab_bytes // problem.hidden.dtype.itemsize)
+    cells = min(budget, _COLUMN_SLAB_CELLS)
+    fewest = min(_MIN_COLUMNS, budget)
+    columns = min(problem.vocab, max(cells // max(rows, 1), fewest))
+    return max(1, min(rows, max(cells, columns) // columns)), columns
 
 
-def _bytes_per_logit(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+def _parts(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, max(1, step)):
+        yield slice(start, min(start + step, size))

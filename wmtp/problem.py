@@ -1,0 +1,137 @@
+"""What the linear losses are asked, and what they give back, row by row.
+
+A row is one prediction: one position of one head. Everything here is a plain container.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+DEFAULT_SLAB_BYTES = 64 * 2**20
+
+
+class Rows(NamedTuple):
+    """What is known of each row, 0 (or false) where nothing was computed; all ``[rows]``.
+
+    Attributes:
+        loss: the objective.
+        ce: the plain cross entropy.
+        lse: the log-sum-exp of the logits.
+        correct: whether the target is the first most probable token.
+        weight: what a row-local weighting gave it, or 1.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    lse: Tensor
+    correct: Tensor
+    weight: Tensor
+
+
+class Problem(NamedTuple):
+    """The logits that nobody holds, ``hidden @ unembedding.T + bias``, and what is asked of them.
+
+    Attributes:
+        hidden: ``[rows dim]``.
+        unembedding: ``[vocab dim]``, same dtype.
+        bias: ``[vocab]``, same dtype, or ``None``.
+        target: ``[rows]`` int64, negative where there is none.
+        label_smoothing: see ``cross_entropy.Objective``.
+        z_loss: see there.
+        softcap: see there; 0 means none.
+        slab_bytes: budget for what is held beside inputs and gradients.
+    """
+
+    hidden: Tensor
+    unembedding: Tensor
+    bias: Tensor | None
+    target: Tensor
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    slab_bytes: int
+
+    @property
+    def vocab(self) -> int:
+        """How many columns the logits have."""
+        return self.unembedding.shape[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything that is summed."""
+        return wide_dtype(self.hidden.dtype)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether sums are held in a wider dtype than the inputs have."""
+        return self.hidden.dtype != self.wide
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row of logits."""
+        return self.vocab * self.hidden.dtype.itemsize
+
+    @property
+    def sum_bytes(self) -> int:
+        """By how much a wide sum of the unembedding's gradient exceeds that gradient."""
+        return self.unembedding.numel() * (self.wide.itemsize - self.hidden.dtype.itemsize)
+
+    def empty_rows(self) -> Rows:
+        """Zeros to be filled in."""
+        size = len(self.target)
+        loss, ce, lse, weight = (self.hidden.new_zeros(size, dtype=self.wide) for _ in range(4))
+        return Rows(loss, ce, lse, self.hidden.new_zeros(size, dtype=torch.bool), weight)
+
+
+class Gradients(NamedTuple):
+    """For ``hidden``, ``unembedding`` and ``bias``, in their dtype; empty where not needed.
+
+    They are still to be multiplied with ``unit``, see ``slabs.forward_backward_rows``.
+    """
+
+    hidden: Tensor
+    unembedding: Tensor
+    bias: Tensor
+    unit: Tensor
+
+
+class RowLocal(NamedTuple):
+    """A weight that a prediction's own logits determine, as the operators take it.
+
+    Attributes:
+        kind: ``"none"``, ``"dft"``, ``"focal"``, ``"entropy"`` or ``"el2n"``.
+        power: exponent.
+    """
+
+    kind: str
+    power: float
+
+
+NOT_LOCAL = RowLocal("none", 1.0)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slab_budget(slab_bytes: int | None, unembedding: Tensor) -> int:
+    """Bytes that may be held beside inputs and gradients, refused if not one row of logits fits.
+
+    By default 64 MiB of logits, or as many bytes as the unembedding has, and what a float32 sum of a
+    narrower unembedding's gradient takes.
+    """
+    vocab, size = len(unembedding), unembedding.dtype.itemsize
+    row = vocab * size
+    if slab_bytes is None:
+        whole = unembedding.numel() * size
+        excess = unembedding.numel() * (wide_dtype(unembedding.dtype).itemsize - size)
+        return max(DEFAULT_SLAB_BYTES, row, whole) + excess
+    if slab_bytes < row:
+        raise ValueError(
+            f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "
+            f"{vocab}, got {slab_bytes}"
+        )
+    return slab_bytes

@@ -1,289 +1,242 @@
 """Time and memory of the linear loss against its floor and its peers, on a CPU.
 
-    python benchmarks/linear_loss.py                        # N 4096, dim 512, vocab 32000
+    python benchmarks/linear_loss.py                          # N 4096, dim 512, vocab 32000
     python benchmarks/linear_loss.py --vocab 128256 --dim 1024 --seq 256
+    python benchmarks/linear_loss.py --sweep                  # against V, N and heads
 
-Every contender computes the loss and its gradients on the same inputs in one process. They take turns
-(the machine's mood then meets all of them), and the table gives medians. *Floor* is the three matrix
-products that nobody can avoid, alone, at the best slab of those tried. Before anything is timed, each
-contender's gradients are compared with float64; a wrong answer is shown as wrong. Memory is the peak
-resident size of a process of its own beyond its inputs.
+Every contender computes the loss and its gradients on the same inputs in one process, in turns, and
+the table gives medians. *Floor* is the three matrix products over all rows that nobody can avoid,
+each at the best of several tilings, whatever the case. Before anything is timed, each contender's
+loss and gradients are compared with float64; a wrong answer is shown as wrong. Memory is the peak
+resident size of a process of its own beyond its inputs, and so includes the gradients. wmtp, the
+dense loss and torch's chunked one are timed in every case, other peers in ``--peer-cases``.
 """
 
 import argparse
-import csv
-import platform
-import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from measure import (
+    MIB,
+    Job,
+    chip,
+    fastest_tilings,
+    first_line,
+    floor_jobs,
+    floor_of,
+    interleaved,
+    medians,
+    resident_peak,
+    versions,
+    write_csv,
+)
+from peers import (
+    CASES,
+    CONTENDERS,
+    DTYPES,
+    PACKAGES,
+    Sizes,
+    make_inputs,
+    prepare,
+    run,
+    unavailable,
+    verdicts,
+)
 
 import wmtp
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOOR_ROWS = (256, 512, 1024)
+FLOOR_ROWS = (256, 512, 1024, 2048)
+FLOOR_COLUMNS = (512, 1024, 2048)
 
-
-class Inputs(NamedTuple):
-    """One problem: hidden states, unembedding, targets, weights, a reference's NLL."""
-
-    hidden: Tensor
-    unembedding: Tensor
-    targets: Tensor
-    weights: Tensor
-    reference: Tensor
-
-
-class Case(NamedTuple):
-    """What is asked: which targets and which weights, and how long the dense path would take."""
-
-    masked: bool = False
-    rho1: bool = False
-    gradients: bool = True
-
-
-CASES = {
-    "all": Case(),
-    "half masked": Case(masked=True),
-    "rho-1": Case(rho1=True),
-    "evaluation": Case(gradients=False),
+ON_CPU = [name for name, contender in CONTENDERS.items() if "cpu" in contender.devices]
+# These are timed in every case and swept; what others cost depends little on the case.
+MAIN = ["wmtp", "dense", "torch chunked"]
+# One axis at a time; the trunk is batch · seq positions, and N is that times the heads.
+SWEEPS = {
+    "vocab": [Sizes(1, 512, 1, 512, vocab) for vocab in (8000, 16000, 32000, 64000, 128000)],
+    "predictions": [Sizes(1, seq, 1, 512, 16000) for seq in (512, 1024, 2048, 4096)],
+    "heads": [Sizes(1, 512, heads, 512, 16000) for heads in (1, 2, 4, 8)],
 }
 
-
-def make_inputs(options: argparse.Namespace, dtype: torch.dtype) -> Inputs:
-    rng = torch.Generator().manual_seed(0)
-    shape = (options.batch, options.seq, options.heads)
-    hidden = torch.randn(*shape, options.dim, generator=rng)
-    unembedding = torch.randn(options.vocab, options.dim, generator=rng) * options.dim**-0.5
-    return Inputs(
-        hidden.to(dtype).requires_grad_(),
-        unembedding.to(dtype).requires_grad_(),
-        torch.randint(options.vocab, shape, generator=rng),
-        torch.rand(shape, generator=rng) + 0.5,
-        torch.rand(shape, generator=rng) * 4 + 8,
-    )
+Row = dict[str, object]
+Pair = tuple[str, str]  # contender, case
 
 
-def prepare(inputs: Inputs, case: Case) -> Inputs:
-    """Mask the first half of every row, as prompts are, if the case says so."""
-    if not case.masked:
-        return inputs
-    targets = inputs.targets.clone()
-    targets[:, : targets.shape[1] // 2] = -100
-    return inputs._replace(targets=targets)
+def measure_times(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    pairs: list[Pair],
+    rounds: int,
+    minutes: float,
+    tilings: tuple[tuple[int, ...], tuple[int, ...]] = (FLOOR_ROWS, FLOOR_COLUMNS),
+) -> tuple[dict[Pair, list[float]], float, str]:
+    """Seconds of each pair, and of the floor in the same turns."""
+    x = make_inputs(sizes, dtype)
+    flat = x.hidden.detach().flatten(0, 2)
+    products = floor_jobs(flat, x.unembedding.detach(), *tilings)
+    jobs: dict[object, Job] = {**fastest_tilings(products, keep=2 if len(products) > 6 else 1)}
+    for name, label in pairs:
+        jobs[name, label] = partial(run, name, prepare(x, CASES[label]), CASES[label])
+    seconds = interleaved(jobs, rounds, minutes=minutes)
+    least, words = floor_of(medians({key: seconds[key] for key in products if key in seconds}))
+    return {pair: seconds[pair] for pair in pairs}, least, words
 
 
-def of_wmtp(x: Inputs, case: Case) -> Tensor:
-    rho1 = partial(wmtp.rho1_weights, reference_nll=x.reference)
-    weights = rho1 if case.rho1 else x.weights
-    return wmtp.linear_weighted_mtp_loss(x.hidden, x.unembedding, x.targets, weights)
+def measure_memory(sizes: Sizes, dtype: str, pair: Pair, threads: int) -> float:
+    """MiB at the peak beyond the inputs, in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--one", dtype, *pair]
+    for axis, value in sizes._asdict().items():
+        command += [f"--{axis}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return float(done.stdout.splitlines()[-1])
 
 
-def weigh(token_ce: Tensor, x: Inputs, case: Case) -> Tensor:
-    """What a user of a per-token loss writes."""
-    token_ce = token_ce.view(x.targets.shape).float()
-    valid = x.targets != -100
-    weights = x.weights * valid
-    if case.rho1:
-        weights = wmtp.rho1_weights(token_ce.detach(), valid, x.reference)
-    return (token_ce * weights).sum() / weights.sum()
+def one(options: argparse.Namespace, sizes: Sizes) -> None:
+    """The process that ``measure_memory`` starts."""
+    dtype, name, label = options.one
+    case = CASES[label]
+    # A tiny run first, so that libraries, compilers and thread pools are there already.
+    tiny = make_inputs(Sizes(2, 16, sizes.heads, 32, 64), DTYPES[dtype])
+    run(name, prepare(tiny, case), case)
+    x = prepare(make_inputs(sizes, DTYPES[dtype]), case)
+    print(resident_peak(partial(run, name, x, case)))
 
 
-def of_dense(x: Inputs, case: Case) -> Tensor:
-    logits = F.linear(x.hidden, x.unembedding).flatten(0, 2)
-    return weigh(F.cross_entropy(logits.float(), x.targets.flatten(), reduction="none"), x, case)
+def describe(sizes: Sizes, dtype: str, threads: int) -> Row:
+    """The columns that say what was measured, where, and with what."""
+    installed = {**versions(PACKAGES), "wmtp": wmtp.__version__}
+    place = {"chip": chip(), "threads": threads, "dtype": dtype}
+    return {**installed, **place, "predictions": sizes.predictions, **sizes._asdict()}
 
 
-def of_torch_chunked(x: Inputs, case: Case) -> Tensor:
-    token_ce = F.linear_cross_entropy(
-        x.hidden.flatten(0, 2),
-        x.unembedding,
-        x.targets.flatten(),
-        reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
-    )
-    return weigh(token_ce, x, case)
-
-
-def of_torch_chunked_mean(x: Inputs, case: Case) -> Tensor:
-    """Its fastest form: one unweighted mean, which is less than what the others compute."""
-    return F.linear_cross_entropy(
-        x.hidden.flatten(0, 2),
-        x.unembedding,
-        x.targets.flatten(),
-        options=torch.nn.LinearCrossEntropyOptions(),
-    )
-
-
-CONTENDERS: dict[str, Callable[[Inputs, Case], Tensor]] = {
-    "wmtp": of_wmtp,
-    "dense": of_dense,
-    "torch chunked": of_torch_chunked,
-    "torch chunked, unweighted mean": of_torch_chunked_mean,
-}
-
-
-def run(contender: str, x: Inputs, case: Case) -> None:
-    if case.gradients:
-        CONTENDERS[contender](x, case).backward()
-        x.hidden.grad = x.unembedding.grad = None
-    else:
-        with torch.no_grad():
-            CONTENDERS[contender](x, case)
-
-
-def floor(x: Inputs, rows: int) -> None:
-    """The three products of ``rows`` rows at a time, into memory that is already there."""
-    hidden, weight = x.hidden.detach().flatten(0, 2), x.unembedding.detach()
-    slab = hidden.new_empty(rows, len(weight))
-    total = torch.empty_like(weight)
-    for block in hidden.split(rows):
-        torch.mm(block, weight.T, out=slab[: len(block)])
-    for block in hidden.split(rows):
-        torch.mm(slab[: len(block)], weight, out=block.new_empty(block.shape))
-    for i, block in enumerate(hidden.split(rows)):
-        fresh = i == 0 or total.dtype != torch.float32
-        accumulate = partial(torch.mm, out=total) if fresh else total.addmm_
-        accumulate(slab[: len(block)].T, block)
-
-
-def gradient_errors(contender: str, x: Inputs, case: Case) -> tuple[float, float]:
-    """Relative Frobenius errors of both gradients against the dense loss in float64."""
-    wide = x._replace(
-        hidden=x.hidden.detach().double().requires_grad_(),
-        unembedding=x.unembedding.detach().double().requires_grad_(),
-    )
-    logits = F.linear(wide.hidden, wide.unembedding).flatten(0, 2)
-    token_ce = F.cross_entropy(logits, x.targets.flatten(), reduction="none")
-    if contender.endswith("mean"):
-        truth = token_ce.sum() / (x.targets != -100).sum()
-    else:
-        truth = weigh(token_ce, x, case)
-    expected = torch.autograd.grad(truth, (wide.hidden, wide.unembedding))
-    got = torch.autograd.grad(CONTENDERS[contender](x, case), (x.hidden, x.unembedding))
-    errors = [
-        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)
+def compare(options: argparse.Namespace, sizes: Sizes, dtype: str) -> list[Row]:
+    """All contenders in all cases at one size: the answers, the times, the memory."""
+    rows: dict[Pair, Row] = {}
+    able = []
+    for name in options.contenders:
+        why = unavailable(name, DTYPES[dtype], "cpu")
+        if why:
+            print(f"  {name:20} {why}", flush=True)
+            rows[name, "any"] = {"contender": name, "answer": why}
+        else:
+            able.append(name)
+    answers = {} if options.skip_check else verdicts(able, dtype)
+    pairs: list[Pair] = [
+        (name, label)
+        for label in options.cases
+        for name in able
+        if label in CONTENDERS[name].cases
+        and (name in MAIN or label in options.peer_cases)
+        and not answers.get((name, label), "").startswith("raises")
     ]
-    return errors[0], errors[1]
+    for name, label in pairs:
+        rows[name, label] = {"case": label, "contender": name}
+        rows[name, label]["answer"] = answers.get((name, label), "not checked")
+    if not options.skip_times:
+        seconds, least, words = measure_times(
+            sizes, DTYPES[dtype], pairs, options.rounds, options.minutes
+        )
+        print(f"\n{dtype}: floor {least:.4f} s: {words}; {len(seconds[pairs[0]])} rounds")
+        for pair, value in medians(seconds).items():
+            rows[pair] |= {
+                "seconds": value,
+                "fastest": min(seconds[pair]),
+                "rounds": len(seconds[pair]),
+                "floor_seconds": least,
+                "times_floor": value / least,
+            }
+            tell(pair, f"{value:8.3f} s   {value / least:5.2f} × floor   {rows[pair]['answer']}")
+    if not options.skip_memory:
+        gradients = (sizes.predictions + sizes.vocab) * sizes.dim * DTYPES[dtype].itemsize / MIB
+        print(f"\n{dtype}: peak memory beyond the inputs, of which gradients {gradients:.0f} MiB")
+        for pair in (pair for pair in pairs if pair[1] in options.memory_cases):
+            try:
+                peak = measure_memory(sizes, dtype, pair, options.threads)
+            except RuntimeError as error:
+                tell(pair, first_line(error))
+                continue
+            rows[pair] |= {"peak_mib": peak, "gradients_mib": gradients}
+            tell(pair, f"{peak:8.0f} MiB")
+    return [{**describe(sizes, dtype, options.threads), **row} for row in rows.values()]
 
 
-def check(options: argparse.Namespace) -> None:
-    """Gradients of a smaller problem, many slabs long, against float64."""
-    small = argparse.Namespace(**{**vars(options), "seq": 32, "vocab": 4000, "dim": 128})
-    print("relative gradient errors against float64 (hidden, unembedding)")
-    for name, dtype in DTYPES.items():
-        for contender in CONTENDERS:
-            for label, case in CASES.items():
-                if case.gradients and not case.rho1:
-                    x = prepare(make_inputs(small, dtype), case)
-                    of_hidden, of_weight = gradient_errors(contender, x, case)
-                    print(f"  {name} {contender:32} {label:12} {of_hidden:.1e} {of_weight:.1e}")
-
-
-def timed(f: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def measure(options: argparse.Namespace) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for name in options.dtypes:
-        x = make_inputs(options, DTYPES[name])
-        jobs: dict[tuple[str, str], Callable[[], None]] = {}
-        for size in FLOOR_ROWS:
-            jobs["floor", str(size)] = partial(floor, x, size)
-        for label in options.cases:
-            for contender in options.contenders:
-                jobs[label, contender] = partial(
-                    run, contender, prepare(x, CASES[label]), CASES[label]
+def sweep(options: argparse.Namespace, dtype: str) -> list[Row]:
+    """Time and memory of a few contenders along each axis."""
+    rows: list[Row] = []
+    measured: dict[Sizes, list[Row]] = {}  # the axes share a point
+    print(f"\n{dtype}: seconds, times floor and MiB, all predictions weighted")
+    for axis, points in SWEEPS.items():
+        for sizes in points:
+            if sizes not in measured:
+                measured[sizes] = sweep_point(options, sizes, dtype)
+            for row in measured[sizes]:
+                rows.append({"axis": axis, **row})
+                print(
+                    f"  {axis} {row[axis]!s:8} {row['contender']!s:14} {row['seconds']:8.3f} s"
+                    f" {row['times_floor']:6.2f} × floor {row['peak_mib']:8.0f} MiB",
+                    flush=True,
                 )
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
-        for turn in range(options.rounds + 1):
-            for key, job in jobs.items():
-                took = timed(job)
-                if turn:  # the first turn warms up
-                    seconds[key].append(took)
-        medians = {key: statistics.median(values) for key, values in seconds.items()}
-        least = min(value for (label, _), value in medians.items() if label == "floor")
-        print(f"\n{name}: floor {least:.3f} s (three products, best of {FLOOR_ROWS} rows)")
-        for (label, contender), value in medians.items():
-            if label != "floor":
-                rows.append(
-                    {"dtype": name, "case": label, "contender": contender, "seconds": value,
-                     "of_floor": value / least}
-                )  # fmt: skip
-                print(f"  {label:12} {contender:32} {value:8.3f} s   {value / least:5.2f} × floor")
     return rows
 
 
-def measure_memory(options: argparse.Namespace) -> None:
-    """Peak resident memory beyond the inputs, each contender in a process of its own."""
-    print("\npeak memory beyond inputs, MiB")
-    for name in options.dtypes:
-        for label in options.cases:
-            for contender in options.contenders:
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", name, label, contender]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                print(f"  {name} {label:12} {contender:32} {float(done.stdout):8.0f}")
+def sweep_point(options: argparse.Namespace, sizes: Sizes, dtype: str) -> list[Row]:
+    pairs = [(name, "all") for name in MAIN]
+    seconds, least, _ = measure_times(
+        sizes, DTYPES[dtype], pairs, options.rounds, options.minutes, tilings=((512,), (1024,))
+    )
+    return [
+        describe(sizes, dtype, options.threads)
+        | {"case": pair[1], "contender": pair[0], "seconds": value}
+        | {"floor_seconds": least, "times_floor": value / least}
+        | {"peak_mib": measure_memory(sizes, dtype, pair, options.threads)}
+        for pair, value in medians(seconds).items()
+    ]
 
 
-def one(options: argparse.Namespace) -> None:
-    name, label, contender = options.one
-    case = CASES[label]
-    # A tiny run first, so that libraries and thread pools are there before the peak is read.
-    tiny = argparse.Namespace(**{**vars(options), "seq": 8, "vocab": 64, "dim": 16})
-    run(contender, prepare(make_inputs(tiny, DTYPES[name]), case), case)
-    x = prepare(make_inputs(options, DTYPES[name]), case)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(contender, x, case)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def tell(pair: Pair, words: str) -> None:
+    print(f"  {pair[1]:12} {pair[0]:20} {words}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for size, default in (("batch", 2), ("seq", 512), ("heads", 4), ("dim", 512), ("vocab", 32000)):
+    for size, default in zip(Sizes._fields, (2, 512, 4, 512, 32000), strict=True):
         parser.add_argument(f"--{size}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=4, help="begin no round after these")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--csv", type=Path, help="where to write the times")
+    parser.add_argument("--peer-cases", nargs="*", choices=CASES, default=["all"])
+    parser.add_argument("--memory-cases", nargs="+", choices=CASES, default=["all", "rho-1"])
+    parser.add_argument("--contenders", nargs="+", choices=ON_CPU, default=ON_CPU)
+    parser.add_argument("--csv", type=Path, help="where to write the table")
+    parser.add_argument("--sweep", action="store_true", help="against V, N and heads instead")
     parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument("--skip-times", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    sizes = Sizes(*(getattr(options, name) for name in Sizes._fields))
     if options.one:
-        return one(options)
-    predictions = options.batch * options.seq * options.heads
-    print(
-        f"wmtp {wmtp.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{options.threads} threads; N {predictions}, dim {options.dim}, vocab {options.vocab}"
-    )
-    if not options.skip_check:
-        check(options)
-    rows = measure(options)
+        one(options, sizes)
+        return
+    installed = {**versions(PACKAGES), "wmtp": wmtp.__version__}
+    print(", ".join(f"{name} {number}" for name, number in installed.items()))
+    print(f"{chip()}, {options.threads} threads")
+    if not options.sweep:
+        print(f"N {sizes.predictions}, dim {sizes.dim}, vocab {sizes.vocab}, heads {sizes.heads}")
+    rows: list[Row] = []
+    for dtype in options.dtypes:
+        rows += sweep(options, dtype) if options.sweep else compare(options, sizes, dtype)
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    if not options.skip_memory:
-        measure_memory(options)
-    return None
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -13,5 +13,9 @@ settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Without a GPU the Triton kernels run in Triton's interpreter; Triton must know when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The tensors are tiny: more threads only fight with the other test workers.
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tests import oracle
 from tests.helpers import all_zero, close, error_against, grads, leaf, untouched
+from tests.loss_forms import valid_of
 from tests.strategies import (
     IGNORE,
     JUNK,
@@ -39,10 +40,6 @@ INF = math.inf
 def per_prediction(case: Batch, logits: Tensor, labels: Tensor | None = None) -> Tensor:
     labels = case.labels if labels is None else labels
     return mtp_ce_loss(logits, labels, offsets=case.offsets, reduction="none", **case.options)
-
-
-def valid_of(case: Batch) -> Tensor:
-    return oracle.valid_of(case.labels, case.heads, offsets=case.offsets)
 
 
 @given(batches(), WIDE_DTYPES)

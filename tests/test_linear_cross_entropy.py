@@ -39,8 +39,17 @@ from tests.strategies import (
     packings,
     relayout,
     spoiled,
+    uniform,
 )
-from wmtp import linear_mtp_ce_loss, linear_token_nll, mtp_ce_loss, mtp_targets, token_nll
+from wmtp import (
+    linear_mtp_ce_loss,
+    linear_token_nll,
+    linear_weighted_mtp_loss,
+    mtp_ce_loss,
+    mtp_targets,
+    token_nll,
+    weighted_mtp_loss,
+)
 
 
 # Hidden states, unembedding and bias of a small problem, with a seed each.
@@ -494,6 +503,55 @@ def test_low_precision_is_as_good_as_the_naive_path(
         assert mine.dtype == dtype
         slack = 2 * torch.finfo(dtype).eps * float(right.abs().max())
         assert error_against(right, mine) <= error_against(right, other) + slack
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    """Frobenius error."""
+    return float((found.double() - right).norm() / right.norm())
+
+
+# One row, several rows, room for a wide sum and several rows, everything at once.
+@pytest.mark.parametrize("slab_bytes", [1000, 12_000, 48_000 + 20_000, None])
+@pytest.mark.parametrize("known", [True, False])
+def test_bfloat16_gradients_are_rounded_once_whatever_the_slab(
+    slab_bytes: int | None, known: bool
+) -> None:
+    hidden, unembedding = normal(0, 2, 60, 2, 48), normal(1, 500, 48, scale=48**-0.5)
+    labels, up = integers(2, 500, 2, 60), 0.1 + uniform(3, 2, 60, 2)
+    ours = [leaf(x.bfloat16()) for x in (hidden, unembedding)]
+    truth = [leaf(x.detach().double()) for x in ours]
+    weights = up if known else (lambda _, valid: torch.where(valid, up.float(), 0))
+    loss = linear_weighted_mtp_loss(*ours, labels, weights, slab_bytes=slab_bytes)
+    right = grads(linear_weighted_mtp_loss(*truth, labels, up), truth)
+    logits = F.linear(*ours).float()
+    dense = grads(weighted_mtp_loss(logits, labels, up), ours)
+    for mine, theirs, exact in zip(grads(loss, ours), dense, right, strict=True):
+        assert relative(mine, exact) <= min(1.9e-3, 1.1 * relative(theirs, exact))
+
+
+# Below 384,000 bytes there is no room for a wide sum of a bfloat16 unembedding's gradient.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slab_bytes", [80_000, 300_000, 800_000])
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+def test_gradients_and_the_slab_are_all_that_is_held(
+    dtype: torch.dtype, slab_bytes: int, masked: float
+) -> None:
+    hidden = leaf(normal(0, 2, 200, 2, 32).to(dtype))
+    unembedding = leaf(normal(1, 3000, 32).to(dtype))
+    labels = integers(2, 3000, 2, 200).masked_fill(mask(3, masked, 2, 200), IGNORE)
+
+    def step() -> None:
+        loss = linear_weighted_mtp_loss(hidden, unembedding, labels, slab_bytes=slab_bytes)
+        loss.backward()
+
+    gradients = (hidden.numel() + unembedding.numel()) * dtype.itemsize
+    # Labels, targets, factors and what is known of each row, beside a hidden state of 32 numbers.
+    beside = 2 * 200 * 2 * 150
+    if dtype == torch.bfloat16 and slab_bytes < 4 * unembedding.numel():
+        # Recomputing takes the hidden states that count, their gradient in float32, and a product
+        # as it comes and widened.
+        beside += hidden.numel() * (2 + 4 + 2 + 4 + 4)
+    assert peak_bytes(step) <= 1.1 * (gradients + slab_bytes) + beside
 
 
 def test_a_tiny_upstream_gradient_survives_float16() -> None:

@@ -181,11 +181,10 @@ def test_unknown_kinds_and_powers_are_refused(
     wrong: RowLocalWeights, named: str, form: str
 ) -> None:
     labels = torch.tensor([[0, 1, 2]])
+    dense, linear = (torch.zeros(1, 3, 4),), (torch.zeros(1, 3, 2), torch.zeros(4, 2))
+    loss: Any = weighted_mtp_loss if form == "dense" else linear_weighted_mtp_loss
     with pytest.raises(ValueError, match=named):
-        if form == "dense":
-            weighted_mtp_loss(torch.zeros(1, 3, 4), labels, wrong)
-        else:
-            linear_weighted_mtp_loss(torch.zeros(1, 3, 2), torch.zeros(4, 2), labels, wrong)
+        loss(*(dense if form == "dense" else linear), labels, wrong)
 
 
 # Dynamo makes an instance of an autograd.Function while it traces one.

@@ -114,7 +114,12 @@ def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
 
 def is_plain_cpu(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read for free: a real CPU tensor outside any transform."""
-    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+    return tensor.device.type == "cpu" and is_plain(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read: no fake tensor or other subclass, no transform."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 

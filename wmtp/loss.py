@@ -446,6 +446,7 @@ def _align_weights(weights: Tensor | None, valid: Tensor, offsets: Offsets | Non
     """Weights of predictions from weights of tokens, or as they are."""
     if weights is None:
         return None
+    _checks.plain_tensors(weights=weights)
     _checks.rank_in("weights", weights, (2, 3), "[batch seq] or [batch seq heads]")
     _checks.same_device(predictions=valid, weights=weights)
     if weights.dim() == 3:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
 from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
 
@@ -248,7 +249,8 @@ class _WeightedRowSum(torch.autograd.Function):
             scaled = _Scale.apply(upstream, scale, values, *gradients, *tied)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
-            own = _scaled(scale, *gradients) if _graph_is_kept() else _scale_(scale, *gradients)
+            in_place = _checks.is_plain(scale) and not _graph_is_kept()
+            own = _scale_(scale, *gradients) if in_place else _scaled(scale, *gradients)
             scaled = (*own, upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
         wanted = of_factor.to(factor.dtype) if needs[8] else None

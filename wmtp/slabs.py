@@ -30,8 +30,11 @@ from wmtp.slab_softmax import (
 
 # Walks over the vocabulary gain nothing from a larger slab than this: it leaves the cache.
 _COLUMN_SLAB_CELLS = 2**23
-# How many rows are copied or widened at a time.
-_PART_ROWS = 4096
+# How many rows are copied or widened at a time, and the fewest that make a product worthwhile.
+_PART_ROWS = 1024
+_MIN_PART_ROWS = 64
+# Rows whose logits are walked over together where only their losses are wanted.
+_BLOCK_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
 
@@ -41,9 +44,9 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     found = problem.empty_rows()
     # One deliberate synchronisation: rows without a target are left out of the product.
     active = (problem.target >= 0).nonzero().squeeze(1)
-    rows, columns = _column_slab(problem, min(len(active), _PART_ROWS))
+    rows, columns = _column_slab(problem, min(len(active), _BLOCK_ROWS))
     slab = problem.hidden.new_empty(rows * columns)
-    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 8)
+    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)
     for some in _parts(len(active), rows):
         block = active[some]
         x, wanted = problem.hidden[block], problem.target[block]
@@ -108,7 +111,7 @@ def forward_backward_rows(
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), sum_dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     slab = hidden.new_empty(rows, problem.vocab)
-    scratch = scratch_for(slab, problem.slab_bytes // 8)
+    scratch = scratch_for(slab, problem.slab_bytes // 16)
     for some in _parts(len(active), rows):
         block = active[some]
         x, wanted, logits = hidden[block], problem.target[block], slab[: len(block)]
@@ -123,7 +126,7 @@ def forward_backward_rows(
             of_x = logits @ weight
             of_hidden[block] = _with_target(of_x, weight[wanted], done.at_target).to(x.dtype)
         if needs[1]:
-            _add_product(of_weight, logits.T, x, fresh=some.start == 0)
+            _add_product(problem, of_weight, logits.T, x, fresh=some.start == 0)
             _add_targets(of_weight, wanted, x, done.at_target)
         if needs[2]:
             of_bias += logits.sum(0, dtype=of_bias.dtype)
@@ -139,7 +142,11 @@ def forward_backward_rows(
 def backward_columns(
     problem: Problem, upstream: Tensor, lse: Tensor, needs: list[bool]
 ) -> Gradients:
-    """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary."""
+    """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary.
+
+    Beside slab and gradients it holds the hidden states that count, and their gradient in the wide
+    dtype.
+    """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     factor, unit = _split_unit(problem, upstream, active, NOT_LOCAL)
     factor, wanted, lse = factor[active], problem.target[active], lse[active]
@@ -152,7 +159,7 @@ def backward_columns(
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     slab = x.new_empty(rows * columns)
-    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 8)
+    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)
     for part in _parts(problem.vocab if len(active) else 0, columns):
         total = of_weight[part]
         if needs[1] and sum_dtype != total.dtype:
@@ -167,18 +174,20 @@ def backward_columns(
                 problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
             )  # fmt: skip
             if needs[0]:
-                _add_product(of_x[block], logits, weight[part], fresh=part.start == 0)
+                _add_product(problem, of_x[block], logits, weight[part], fresh=part.start == 0)
             if needs[1]:
-                _add_product(total, logits.T, x[block], fresh=start == 0)
+                _add_product(problem, total, logits.T, x[block], fresh=start == 0)
             if needs[2]:
                 of_bias[part] += logits.sum(0, dtype=of_bias.dtype)
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
+    del slab, scratch
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     for part in _parts(len(active), _PART_ROWS):
         if needs[0]:
             whole = _with_target(of_x[part], weight[wanted[part]], at_target[part])
             of_hidden[active[part]] = whole.to(x.dtype)
+    del of_x
     if needs[1]:
         _add_targets(of_weight, wanted, x, at_target)
     if needs[2]:
@@ -240,13 +249,15 @@ def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Te
     return fill(shape, dtype=dtype, device=like.device)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+def _add_product(problem: Problem, total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """``total += a @ b``, or ``total = a @ b`` if it is fresh, summed in the dtype of ``total``."""
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
-    for part in _parts(len(a), _PART_ROWS):
+    # A part exists twice for a moment, as the product and widened.
+    size = b.shape[1] * (a.dtype.itemsize + total.dtype.itemsize)
+    for part in _parts(len(a), max(_MIN_PART_ROWS, problem.slab_bytes // 32 // max(1, size))):
         product = a[part] @ b
         total[part].copy_(product) if fresh else total[part].add_(product)
 
@@ -271,19 +282,27 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
 
 
 def _room_for_sum(problem: Problem) -> bool:
-    """Whether the budget holds a wide sum of the unembedding's gradient, or none is needed."""
-    return (
-        problem.slab_bytes - problem.sum_bytes >= problem.row_bytes
-        or len(problem.target) * problem.row_bytes <= problem.slab_bytes
-    )
+    """Whether the budget holds a wide sum of the unembedding's gradient, or none is needed.
+
+    During the walk there are the sum and a slab, after it the sum and the narrow gradient.
+    """
+    if not problem.narrow or len(problem.target) <= _rows_in(problem.slab_bytes, problem):
+        return True
+    whole = problem.unembedding.numel() * problem.wide.itemsize
+    return problem.slab_bytes >= max(whole, problem.sum_bytes + problem.row_bytes)
 
 
 def _row_slab(problem: Problem, rows: int, with_weight: bool) -> int:
     """How many rows of whole logits the budget holds, beside a wide sum if there must be one."""
-    most = problem.slab_bytes // problem.row_bytes
+    most = _rows_in(problem.slab_bytes, problem)
     if rows > most and with_weight:
-        most = (problem.slab_bytes - problem.sum_bytes) // problem.row_bytes
+        most = _rows_in(problem.slab_bytes - problem.sum_bytes, problem)
     return min(rows, max(1, most))
+
+
+def _rows_in(bytes_left: int, problem: Problem) -> int:
+    """Rows of logits, beside a scratch of a sixteenth."""
+    return bytes_left * 15 // 16 // problem.row_bytes
 
 
 def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:

@@ -1,0 +1,85 @@
+"""Both forms of the weighted loss, and of the oracle's, behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import oracle
+from tests.helpers import (
+    leaf,
+)
+from tests.strategies import (
+    Batch,
+)
+from wmtp import (
+    linear_weighted_mtp_loss,
+    linear_weighted_mtp_loss_and_stats,
+    weighted_mtp_loss,
+    weighted_mtp_loss_and_stats,
+)
+
+
+WEIGHTS = st.sampled_from(["prediction", "token", "none"])
+NORMALIZERS = st.sampled_from(["weights", "tokens", 7.5, 3])
+HEAD_WEIGHTS = st.sampled_from(["given", None])
+FORMS = pytest.mark.parametrize("form", ["dense", "linear"])
+
+
+def head_weights_of(case: Batch, kind: str | None) -> list[float] | None:
+    return None if kind is None else [1.0 / (h + 1) for h in range(case.heads)]
+
+
+def leaves_of(case: Batch, form: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """What the loss is differentiated by: logits, or hidden states, unembedding and bias."""
+    if form == "dense":
+        return [leaf(case.logits(dtype))]
+    return [leaf(x) for x in (case.hidden(dtype), case.unembedding(dtype), case.bias(dtype))]
+
+
+def apply(
+    form: str,
+    tensors: Sequence[Tensor],
+    labels: Tensor,
+    weights: Tensor | Callable[..., Tensor] | None = None,
+    *,
+    stats: bool = False,
+    **options: Any,
+) -> Any:
+    if form == "dense":
+        function = weighted_mtp_loss_and_stats if stats else weighted_mtp_loss
+        return function(tensors[0], labels, weights, **options)
+    linear = linear_weighted_mtp_loss_and_stats if stats else linear_weighted_mtp_loss
+    return linear(tensors[0], tensors[1], labels, weights, bias=tensors[2], **options)
+
+
+def known(
+    form: str, tensors: Sequence[Tensor], labels: Tensor, weights: Tensor | None, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The oracle's loss and gradients, in the order of the leaves and then the weights."""
+    if form == "dense":
+        loss, found = oracle.weighted_mtp_loss(tensors[0], labels, weights, **options)
+    else:
+        loss, found = oracle.linear_weighted_mtp_loss(
+            tensors[0], tensors[1], labels, weights, bias=tensors[2], **options
+        )
+    return loss, list(found.values())
+
+
+def valid_of(case: Batch) -> Tensor:
+    return oracle.valid_of(case.labels, case.heads, offsets=case.offsets)
+
+
+def used_tokens(case: Batch) -> Tensor:
+    """Which entries of a `[batch seq]` weight any prediction looks at."""
+    valid, used = valid_of(case), torch.zeros(case.batch, case.seq).bool()
+    steps = oracle.offset_list(case.offsets, case.heads)
+    for b, t, h in oracle.places(case.shape):
+        if valid[b, t, h]:
+            used[b, t + steps[h]] = True
+    return used

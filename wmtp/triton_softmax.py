@@ -1,0 +1,548 @@
+"""The row work of the linear losses as Triton kernels: softmax, loss and gradient over a slab of logits.
+
+Drop-ins for the functions of the same names in torch operations, for float32, bfloat16 and float16
+slabs on CUDA. There the operations would each read and write the slab once more; here a slab is read
+once for what is known of its rows, and once more and written for its gradient.
+
+What all kernels share:
+
+* The slab is ``[rows cols]`` with columns side by side; rows may lie further apart than ``cols``.
+  Offsets of rows are 64-bit, because a slab may hold more than 2³¹ logits.
+* All arithmetic is in float32. Sums are kept per lane of a block and added up at the end of a row, so
+  that a block costs one reduction, that of its maximum. Nothing is atomic: results are reproducible.
+* What is not asked for is compiled out. Numbers such as the label smoothing are ordinary arguments,
+  so that another value does not compile another kernel.
+
+Importing this file imports Triton. With ``TRITON_INTERPRET=1`` in the environment before Triton is
+first imported, the kernels run on the CPU, which is how they are tested where there is no GPU.
+"""
+
+# Triton describes neither what its decorator leaves of a function nor what its operations return.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# What a kernel is not asked for it neither defines nor uses.
+# pyright: reportPossiblyUnboundVariable=false
+
+import torch
+import triton  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+import triton.language as tl  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+from torch import Tensor
+
+
+# Sixteen logits per thread: two vector loads of a narrow dtype, and no accumulator leaves the registers.
+_LARGEST_BLOCK = 4096
+_SMALLEST_BLOCK = 128
+_LANES_PER_WARP = 512
+_WEIGHTINGS = ("none", "dft", "focal", "entropy", "el2n")
+
+
+def reduce_columns(
+    logits: Tensor, wanted: Tensor, softcap: float, with_best: bool, with_sum: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a slab of some columns contributes to its rows, to be merged with the other slabs.
+
+    Args:
+        logits: ``[rows cols]``, left as it is.
+        wanted: ``[rows]`` int64, the target counted from the slab's first column; anything outside
+            ``[0, cols)`` means that it stands elsewhere.
+        softcap: positive bound of the logits, or 0 for none.
+        with_best: whether the largest logit is wanted.
+        with_sum: whether the sum of the logits is wanted.
+
+    Returns:
+        Five tensors ``[rows]``, the last three empty unless asked for: the log-sum-exp (−inf if all
+        logits are), the target's logit (0 if it stands elsewhere), the largest logit and the first
+        column it stands in (both leave NaN out), the sum. All are of the soft-capped logits.
+    """
+    rows, cols = _checked(logits)
+    lse, chosen = (_numbers(logits, rows) for _ in range(2))
+    best = _numbers(logits, rows if with_best else 0)
+    best_at = torch.empty_like(best, dtype=torch.int64)
+    total = _numbers(logits, rows if with_sum else 0)
+    if rows:
+        block, warps = _block(cols)
+        with torch.cuda.device_of(logits):
+            _reduce_columns[(rows,)](
+                logits,
+                logits.stride(0),
+                cols,
+                wanted.contiguous(),
+                lse,
+                chosen,
+                best,
+                best_at,
+                total,
+                softcap,
+                has_softcap=softcap > 0,
+                with_best=with_best,
+                with_sum=with_sum,
+                block=block,
+                num_warps=warps,  # pyright: ignore[reportCallIssue]
+            )
+    return lse, chosen, best, best_at, total
+
+
+def gradient_over_rows(
+    logits: Tensor,
+    wanted: Tensor,
+    factor: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    weighting: str,
+    power: float,
+    with_correct: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss of whole rows, and in place of their logits the gradient, the target's column left out.
+
+    The gradient is ``factor · weight · dℓ/dlogit``, the weight taken as a constant. The target's entry
+    is by far the largest of a row, so it is set to 0 in the slab, where a narrow dtype would round it,
+    and returned in float32.
+
+    Args:
+        logits: ``[rows vocab]``, overwritten.
+        wanted: ``[rows]`` int64 in ``[0, vocab)``.
+        factor: ``[rows]`` float32.
+        label_smoothing: see ``cross_entropy.Objective``.
+        z_loss: see there.
+        softcap: see there; 0 means none.
+        weighting: which weight a row gives itself: ``"none"`` 1, ``"dft"`` ``p_y``, ``"focal"``
+            ``1 − p_y``, ``"entropy"`` ``H(p)``, ``"el2n"`` ``‖p − e_y‖₂``.
+        power: at least 0, what the weight is raised to.
+        with_correct: whether ``correct`` is wanted.
+
+    Returns:
+        Six tensors ``[rows]``: loss, cross entropy, log-sum-exp, whether the target is the first most
+        probable token (false if not asked for; false where a logit is NaN), weight, and the target's
+        entry of the gradient.
+    """
+    rows, cols = _checked(logits)
+    if weighting not in _WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {_WEIGHTINGS}, got {weighting!r}")
+    if power == 0:  # also where the base is 0
+        weighting = "none"
+    loss, ce, lse, weight, at_target = (_numbers(logits, rows) for _ in range(5))
+    correct = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+    if rows:
+        block, warps = _block(cols)
+        with torch.cuda.device_of(logits):
+            _gradient_over_rows[(rows,)](
+                logits,
+                logits.stride(0),
+                cols,
+                wanted.contiguous(),
+                factor.contiguous(),
+                loss,
+                ce,
+                lse,
+                correct.view(torch.uint8),
+                weight,
+                at_target,
+                label_smoothing,
+                1 - label_smoothing,
+                label_smoothing / cols,
+                label_smoothing * (1 - 1 / cols),
+                1 / cols,
+                z_loss,
+                softcap,
+                power,
+                has_smoothing=label_smoothing != 0,
+                has_z_loss=z_loss != 0,
+                has_softcap=softcap > 0,
+                weighting=weighting,
+                has_power=power != 1,
+                with_correct=with_correct,
+                block=block,
+                num_warps=warps,  # pyright: ignore[reportCallIssue]
+            )
+    return loss, ce, lse, correct, weight, at_target
+
+
+def gradient_over_columns(
+    logits: Tensor,
+    wanted: Tensor,
+    lse: Tensor,
+    factor: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    vocab: int,
+) -> Tensor:
+    """Write the gradient in place of a slab of some columns, for rows whose log-sum-exp is known.
+
+    As in ``gradient_over_rows``, with weight 1.
+
+    Args:
+        logits: ``[rows cols]``, overwritten.
+        wanted: ``[rows]`` int64, the target counted from the slab's first column; anything outside
+            ``[0, cols)`` means that it stands elsewhere.
+        lse: ``[rows]`` float32, over the whole vocabulary.
+        factor: ``[rows]`` float32.
+        label_smoothing: see ``cross_entropy.Objective``.
+        z_loss: see there.
+        softcap: see there; 0 means none.
+        vocab: the size of the whole vocabulary.
+
+    Returns:
+        ``[rows]`` float32, the target's entry of the gradient, 0 where the target stands elsewhere.
+    """
+    rows, cols = _checked(logits)
+    at_target = torch.zeros(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        block, warps = _block(cols)
+        with torch.cuda.device_of(logits):
+            _gradient_over_columns[(rows, triton.cdiv(cols, block))](
+                logits,
+                logits.stride(0),
+                cols,
+                wanted.contiguous(),
+                lse.contiguous(),
+                factor.contiguous(),
+                at_target,
+                label_smoothing / vocab,
+                label_smoothing * (1 - 1 / vocab),
+                z_loss,
+                softcap,
+                has_smoothing=label_smoothing != 0,
+                has_z_loss=z_loss != 0,
+                has_softcap=softcap > 0,
+                block=block,
+                num_warps=warps,  # pyright: ignore[reportCallIssue]
+            )
+    return at_target
+
+
+def _checked(logits: Tensor) -> tuple[int, int]:
+    """Rows and columns of a slab, refused if the kernels would misread it."""
+    rows, cols = logits.shape
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    if cols > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits must have its columns side by side, got {logits.stride()}")
+    return rows, cols
+
+
+def _numbers(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _block(cols: int) -> tuple[int, int]:
+    """How many columns a program takes at a time, and with how many warps."""
+    block = min(max(int(triton.next_power_of_2(cols)), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    return block, max(1, block // _LANES_PER_WARP)
+
+
+# ------------------------------------------------------------------------------- the three kernels
+
+
+@triton.jit
+def _reduce_columns(
+    logits,
+    stride,
+    cols,
+    wanted,
+    lse,
+    chosen,
+    best,
+    best_at,
+    total,
+    softcap,
+    has_softcap: tl.constexpr,
+    with_best: tl.constexpr,
+    with_sum: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row."""
+    row = tl.program_id(0)
+    line = logits + _offset(row, stride)
+    lanes = tl.arange(0, block)
+    peak = tl.full([], -float("inf"), tl.float32)
+    mass = tl.full([block], 0.0, tl.float32)
+    if with_best:
+        # The best of every lane; an earlier column gives way only to a larger logit.
+        top = tl.full([block], -float("inf"), tl.float32)
+        top_at = lanes
+    if with_sum:
+        sums = tl.full([block], 0.0, tl.float32)
+    done = 0
+    while done * block < cols:
+        column = done * block + lanes
+        z, _ = _scores(line, column, cols, softcap, has_softcap)
+        higher = tl.maximum(peak, tl.max(z, 0))
+        base = _finite(higher)
+        mass = mass * tl.exp(peak - base) + tl.exp(z - base)
+        peak = higher
+        if with_best:
+            better = z > top
+            top = tl.where(better, z, top)
+            top_at = tl.where(better, column, top_at)
+        if with_sum:
+            sums += tl.where(column < cols, z, 0.0)
+        done += 1
+    sum_of_mass = tl.sum(mass, 0)
+    logarithm = tl.log(tl.where(sum_of_mass == 0, 1.0, sum_of_mass))
+    tl.store(lse + row, tl.where(sum_of_mass == 0, -float("inf"), _finite(peak) + logarithm))
+    if with_best:
+        tl.store(best + row, peak)
+        tl.store(best_at + row, tl.min(tl.where(top == peak, top_at, cols), 0).to(tl.int64))
+    if with_sum:
+        tl.store(total + row, tl.sum(sums, 0))
+    target = tl.load(wanted + row)
+    inside = (target >= 0) & (target < cols)
+    raw = tl.load(line + target, mask=inside, other=0.0).to(tl.float32)
+    z_target, _ = _capped(raw, softcap, has_softcap)
+    tl.store(chosen + row, z_target)
+
+
+@triton.jit
+def _gradient_over_rows(
+    logits,
+    stride,
+    cols,
+    wanted,
+    factor,
+    loss,
+    ce,
+    lse,
+    correct,
+    weight,
+    at_target,
+    smoothing,
+    rest,
+    smoothing_per_column,
+    smoothing_at_target,
+    per_column,
+    z_loss,
+    softcap,
+    power,
+    has_smoothing: tl.constexpr,
+    has_z_loss: tl.constexpr,
+    has_softcap: tl.constexpr,
+    weighting: tl.constexpr,
+    has_power: tl.constexpr,
+    with_correct: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row, two walks over it.
+
+    The target is kept out of the sums of the first walk: ``1 − p_y`` is then the share of all the
+    others, exact also where ``p_y`` rounds to 1.
+    """
+    row = tl.program_id(0)
+    line = logits + _offset(row, stride)
+    lanes = tl.arange(0, block)
+    target = tl.load(wanted + row).to(tl.int32)
+    z_target, slope_target = _capped(tl.load(line + target).to(tl.float32), softcap, has_softcap)
+    # Logits are averaged as differences to the target's, which are as small as the loss itself.
+    anchor = _finite(z_target)
+    peak = z_target
+    others = tl.full([block], 0.0, tl.float32)  # Σ exp(z − peak)
+    if weighting == "entropy":
+        depth = tl.full([block], 0.0, tl.float32)  # Σ exp(z − peak) (z − peak)
+    if weighting == "el2n":
+        squares = tl.full([block], 0.0, tl.float32)  # Σ exp(z − peak)²
+    if has_smoothing:
+        drift = tl.full([block], 0.0, tl.float32)  # Σ (z − anchor)
+    done = 0
+    while done * block < cols:
+        column = done * block + lanes
+        z, _ = _scores(line, column, cols, softcap, has_softcap)
+        higher = tl.maximum(peak, tl.max(z, 0))
+        base = _finite(higher)
+        kept = tl.exp(peak - base)
+        e = tl.where(column == target, 0.0, tl.exp(z - base))
+        if weighting == "entropy":
+            drop = tl.where(kept > 0, peak - base, 0.0)
+            depth = (depth + others * drop) * kept + e * tl.where(e > 0, z - base, 0.0)
+        if weighting == "el2n":
+            squares = squares * (kept * kept) + e * e
+        others = others * kept + e
+        peak = higher
+        if has_smoothing:
+            drift += tl.where(column < cols, z - anchor, 0.0)
+        done += 1
+
+    base = _finite(peak)
+    e_target = tl.exp(z_target - base)
+    off = tl.sum(others, 0)
+    total = off + e_target
+    log_total = tl.log(total)
+    row_lse = peak + log_total
+    row_ce = (peak - z_target) + log_total
+    row_loss = row_ce
+    if has_smoothing:
+        uniform = (peak - anchor) + log_total - tl.sum(drift, 0) * per_column
+        row_loss = rest * row_ce + smoothing * uniform
+    if has_z_loss:
+        row_loss += z_loss * row_lse * row_lse
+    if weighting == "dft":
+        own = e_target / total
+    elif weighting == "focal":
+        own = off / total
+    elif weighting == "entropy":
+        deep = tl.sum(depth, 0) + e_target * tl.where(e_target > 0, z_target - base, 0.0)
+        own = log_total - deep / total
+        own = tl.where(own < 0, 0.0, own)
+    elif weighting == "el2n":
+        own = tl.sqrt(tl.sum(squares, 0) + off * off) / total
+    else:
+        own = tl.full([], 1.0, tl.float32)
+    if weighting != "none" and has_power:
+        # NaN stays NaN: only an exact 0 is 0, and its logarithm is not taken.
+        own = tl.where(own == 0, 0.0, tl.exp(power * tl.log(tl.where(own == 0, 1.0, own))))
+    scale = tl.load(factor + row) * own
+    # p_y − 1 is −off / total; the other terms of the target's entry are added to that.
+    entry = -off / total
+    pull = scale / total
+    if has_smoothing:
+        entry += smoothing_at_target
+    if has_z_loss:
+        entry += 2 * z_loss * row_lse * (e_target / total)
+        pull *= 1 + 2 * z_loss * row_lse
+    if has_softcap:
+        entry *= slope_target
+    tl.store(loss + row, row_loss)
+    tl.store(ce + row, row_ce)
+    tl.store(lse + row, row_lse)
+    tl.store(weight + row, own)
+    tl.store(at_target + row, scale * entry)
+
+    # No warp may overwrite the target's logit before all have read it.
+    tl.debug_barrier()
+    if with_correct:
+        # Asked in this walk, where the registers are free.
+        first = tl.full([block], 1, tl.int32)
+    while done > 0:
+        # From the end, which was read last and is the most likely to be still in a cache.
+        done -= 1
+        column = done * block + lanes
+        z, slope = _scores(line, column, cols, softcap, has_softcap)
+        if with_correct:
+            below = tl.where(column < target, z < z_target, z <= z_target)
+            first = tl.where(below, first, 0)
+        g = tl.exp(z - base) * pull
+        if has_smoothing:
+            g -= scale * smoothing_per_column
+        if has_softcap:
+            g *= slope
+        tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
+    if with_correct:
+        tl.store(correct + row, tl.min(first, 0).to(tl.uint8))
+
+
+@triton.jit
+def _gradient_over_columns(
+    logits,
+    stride,
+    cols,
+    wanted,
+    lse,
+    factor,
+    at_target,
+    smoothing_per_column,
+    smoothing_at_target,
+    z_loss,
+    softcap,
+    has_smoothing: tl.constexpr,
+    has_z_loss: tl.constexpr,
+    has_softcap: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row and block of columns; whichever holds the target writes its entry."""
+    row = tl.program_id(0)
+    line = logits + _offset(row, stride)
+    start = tl.program_id(1) * block
+    column = start + tl.arange(0, block)
+    target = tl.load(wanted + row)
+    inside = (target >= start) & (target < start + block) & (target < cols)
+    target = tl.where(inside, target, -1).to(tl.int32)
+    row_lse = tl.load(lse + row)
+    scale = tl.load(factor + row)
+    pull = scale
+    if has_z_loss:
+        pull *= 1 + 2 * z_loss * row_lse
+    z, slope = _scores(line, column, cols, softcap, has_softcap)
+    g = tl.exp(z - row_lse) * pull
+    if has_smoothing:
+        g -= scale * smoothing_per_column
+    if has_softcap:
+        g *= slope
+    tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
+    if inside:
+        # Taken from the block, not loaded again: another warp may have written there already.
+        short = _expm1(tl.sum(tl.where(column == target, z, 0.0), 0) - row_lse)  # p_y − 1
+        entry = short
+        if has_smoothing:
+            entry += smoothing_at_target
+        if has_z_loss:
+            entry += 2 * z_loss * row_lse * (1 + short)
+        if has_softcap:
+            entry *= tl.sum(tl.where(column == target, slope, 0.0), 0)
+        tl.store(at_target + row, scale * entry)
+
+
+# ------------------------------------------------------------------------------- what they share
+
+
+@triton.jit
+def _offset(row, stride):
+    """Where a row starts, in 64 bits."""
+    return row.to(tl.int64) * stride
+
+
+@triton.jit
+def _scores(line, column, cols, softcap, has_softcap: tl.constexpr):
+    """A block of the soft-capped logits, −inf behind the last column, and the softcap's slope."""
+    inside = column < cols
+    raw = tl.load(line + column, mask=inside, other=-float("inf")).to(tl.float32)
+    z, slope = _capped(raw, softcap, has_softcap)  # pyright: ignore[reportGeneralTypeIssues]
+    if has_softcap:  # it would make something finite of the −inf
+        z = tl.where(inside, z, -float("inf"))
+    return z, slope
+
+
+@triton.jit
+def _capped(raw, softcap, has_softcap: tl.constexpr):
+    """The soft-capped logits and the derivative of the softcap, the logits and anything without."""
+    z = raw
+    slope = raw
+    if has_softcap:
+        bounded, slope = _tanh(raw * (1 / softcap))  # pyright: ignore[reportGeneralTypeIssues]
+        z = softcap * bounded
+    return z, slope
+
+
+@triton.jit
+def _tanh(x):
+    """The hyperbolic tangent and its derivative, to a few units in the last place everywhere.
+
+    The quotient of exponentials loses what is small: near 0 the polynomial of Cephes' ``tanhf``
+    stands in. The derivative is ``4e / (1 + e)²``, not ``1 − tanh²``, which is 0 too early.
+    """
+    size = tl.abs(x)
+    e = tl.exp(-2 * size)
+    inverse = 1 / (1 + e)
+    far = (1 - e) * inverse
+    slope = 4 * e * inverse * inverse
+    small = tl.where(size < 0.625, x, 0.0)
+    square = small * small
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * small + small
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far)), slope
+
+
+@triton.jit
+def _expm1(x):
+    """``exp(x) − 1`` without cancellation, for ``x`` that is at most a little above 0."""
+    half, _ = _tanh(x * 0.5)  # pyright: ignore[reportGeneralTypeIssues]
+    return 2 * half / (1 - half)
+
+
+@triton.jit
+def _finite(peak):
+    """What is subtracted before the exponential: 0 where there is nothing but −inf so far."""
+    return tl.where(peak == -float("inf"), 0.0, peak)

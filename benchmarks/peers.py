@@ -111,7 +111,6 @@ def weigh(token_ce: Tensor, x: Inputs, case: Case) -> Tensor:
         weights = wmtp.rho1_weights(token_ce.detach(), valid, x.reference)
     elif case.weights == "dft":
         weights = torch.exp(-token_ce.detach()) * valid
-        weights = weights / weights.sum((0, 1))  # each head by itself, as ``wmtp.dft_weights``
     else:
         weights = x.weights * valid if case.weights == "given" else valid.float()
     return (token_ce * weights).sum() / weights.sum()
@@ -129,7 +128,7 @@ def of_wmtp(x: Inputs, case: Case) -> Tensor:
     weights = {
         "given": x.weights,
         "rho-1": partial(wmtp.rho1_weights, reference_nll=x.reference),
-        "dft": wmtp.dft_weights,
+        "dft": wmtp.RowLocalWeights("dft"),
         "one": None,
     }[case.weights]
     return wmtp.linear_weighted_mtp_loss(x.hidden, x.unembedding, x.targets, weights)

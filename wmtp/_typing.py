@@ -10,28 +10,44 @@ environment turns the checks off.
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from beartype import BeartypeConf, beartype
-from jaxtyping import jaxtyped  # pyright: ignore[reportUnknownVariableType]
+from jaxtyping import config
+from torch import Tensor
 
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# The numeric tower lets a caller write `gamma=1` where a float is annotated.
-_checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# How many kinds of call a function remembers to be right.
+_REMEMBERED = 1024
 
 
 def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Check a function's annotated shapes and dtypes on every eager call.
 
     A violation raises ``jaxtyping.TypeCheckError``, a ``TypeError``, that names the argument, what
-    was expected and what came.
+    was expected and what came. The verdict depends on the types, shapes and dtypes alone, so a call
+    like one that was right before is not checked again.
     """
-    checked = jaxtyped(typechecker=_checker)(function)
+    checker = functools.cache(lambda: _checker_of(function))
+    right: set[Hashable] = set()
+
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            kind = (len(args), *map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
+            known = kind in right
+        except TypeError:  # something whose type does not say it all, or a symbolic size
+            return checker()(*args, **kwargs)
+        if known:
+            return function(*args, **kwargs)
+        out = checker()(*args, **kwargs)
+        if len(right) >= _REMEMBERED:
+            right.clear()
+        right.add(kind)
+        return out
 
     @functools.cache
     def untraced() -> Callable[_P, _R]:
@@ -40,7 +56,7 @@ def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or config.jaxtyping_disable:
             return function(*args, **kwargs)
         # Dynamo is slow to import: what nobody has imported need not be kept away.
         if "torch._dynamo" in sys.modules:
@@ -48,3 +64,25 @@ def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return checked(*args, **kwargs)
 
     return call
+
+
+def _checker_of(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Made at the first call: the checkers take longer to import and to build than all else."""
+    from beartype import BeartypeConf, beartype
+    from jaxtyping import jaxtyped  # pyright: ignore[reportUnknownVariableType]
+
+    # The numeric tower lets a caller write `gamma=1` where a float is annotated.
+    return jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
+
+
+def _kind(x: object) -> Hashable:
+    """All that an annotation can look at."""
+    if isinstance(x, Tensor):
+        return type(x), x.shape, x.dtype
+    if isinstance(x, str):
+        return x
+    if isinstance(x, tuple | list):
+        return type(x), *map(_kind, cast(Sequence[object], x))
+    if isinstance(x, Sequence) and not isinstance(x, range):
+        raise TypeError
+    return type(x)

@@ -58,7 +58,9 @@ def linear_mtp_ce_loss(
         z_loss: coefficient of ``lse²``, at least 0.
         softcap: positive bound of the logits, or ``None``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default; at least one row.
+        slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
+            default 64 MiB of logits, or as many as the unembedding has if that is more; and for
+            bfloat16 and float16 as many again, for the float32 sum of the unembedding's gradient.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -117,7 +119,7 @@ def linear_token_nll(
         segment_ids: as in ``mtp_targets``.
         cu_seqlens: as in ``mtp_targets``.
         softcap: positive bound of the logits, or ``None``.
-        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default.
+        slab_bytes: how many bytes to hold beside the inputs, as in ``linear_mtp_ce_loss``.
 
     Returns:
         ``[batch seq]`` float32 (float64 for float64 inputs), in nats, at least 0.

@@ -165,7 +165,9 @@ def linear_weighted_mtp_loss(
         label_smoothing: ``ε`` in [0, 1].
         z_loss: coefficient of ``lse²``.
         softcap: positive bound of the logits, or ``None``.
-        slab_bytes: how many bytes of logits to hold at once, 64 MiB by default; at least one row.
+        slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
+            default 64 MiB of logits, or as many as the unembedding has if that is more; and for
+            bfloat16 and float16 as many again, for the float32 sum of the unembedding's gradient.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,
@@ -275,7 +277,7 @@ def linear_weighted_mtp_loss_and_stats(
         label_smoothing: ``ε`` in [0, 1].
         z_loss: coefficient of ``lse²``.
         softcap: positive bound of the logits, or ``None``.
-        slab_bytes: how many bytes of logits to hold at once.
+        slab_bytes: how many bytes to hold beside inputs and gradients.
 
     Returns:
         The loss and ``MTPLossStats``, as ``weighted_mtp_loss_and_stats``.

@@ -120,15 +120,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def slab_budget(slab_bytes: int | None, unembedding: Tensor) -> int:
     """Bytes that may be held beside inputs and gradients, refused if not one row of logits fits.
 
-    By default 64 MiB of logits, or as many bytes as the unembedding has, and what a float32 sum of a
-    narrower unembedding's gradient takes.
+    By default 64 MiB of logits, or as many bytes as the unembedding has, a sixteenth for scratch, and
+    what a float32 sum of a narrower unembedding's gradient takes.
     """
     vocab, size = len(unembedding), unembedding.dtype.itemsize
     row = vocab * size
     if slab_bytes is None:
         whole = unembedding.numel() * size
         excess = unembedding.numel() * (wide_dtype(unembedding.dtype).itemsize - size)
-        return max(DEFAULT_SLAB_BYTES, row, whole) + excess
+        slab = max(DEFAULT_SLAB_BYTES, row, whole)
+        return slab + slab // 15 + excess
     if slab_bytes < row:
         raise ValueError(
             f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "

@@ -297,7 +297,7 @@ def _row_slab(problem: Problem, rows: int, with_weight: bool) -> int:
     most = _rows_in(problem.slab_bytes, problem)
     if rows > most and with_weight:
         most = _rows_in(problem.slab_bytes - problem.sum_bytes, problem)
-    return min(rows, max(1, most))
+    return _evenly(rows, most)
 
 
 def _rows_in(bytes_left: int, problem: Problem) -> int:
@@ -310,8 +310,14 @@ def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
     budget = max(1, problem.slab_bytes // problem.hidden.dtype.itemsize)
     cells = min(budget, _COLUMN_SLAB_CELLS)
     fewest = min(_MIN_COLUMNS, budget)
-    columns = min(problem.vocab, max(cells // max(rows, 1), fewest))
-    return max(1, min(rows, max(cells, columns) // columns)), columns
+    columns = _evenly(problem.vocab, max(cells // max(rows, 1), fewest))
+    return _evenly(rows, max(cells, columns) // columns), columns
+
+
+def _evenly(size: int, most: int) -> int:
+    """The part of a size cut into as few as ``most`` allows, none much smaller than the others."""
+    pieces = max(1, -(-size // max(1, most)))
+    return -(-size // pieces)
 
 
 def _parts(size: int, step: int) -> Iterator[slice]:

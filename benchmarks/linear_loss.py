@@ -186,7 +186,7 @@ def sweep(options: argparse.Namespace, dtype: str) -> list[Row]:
 
 
 def sweep_point(options: argparse.Namespace, sizes: Sizes, dtype: str) -> list[Row]:
-    pairs = [(name, "all") for name in MAIN]
+    pairs = [(name, "all") for name in MAIN if name in options.contenders]
     seconds, least, _ = measure_times(
         sizes, DTYPES[dtype], pairs, options.rounds, options.minutes, tilings=((512,), (1024,))
     )

@@ -23,6 +23,8 @@ if not sys.platform.startswith("linux"):
 triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("wmtp.triton_softmax")
+wmtp = importlib.import_module("wmtp")
+slab_softmax = importlib.import_module("wmtp.slab_softmax")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHTINGS = ["none", "dft", "focal", "entropy", "el2n"]
@@ -588,3 +590,56 @@ def test_a_slab_of_more_than_four_gibibytes() -> None:
     slab.copy_(numbers(0, 2, 40, torch.bfloat16, "cuda"))
     wanted, factor = targets(0, 2, 0, 40, "cuda"), factors(0, 2, "cuda")
     check_rows(slab, wanted, factor)
+
+
+# ------------------------------------------------------------------------------- in the whole losses
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "known": {},
+    "masked": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0},
+    "function": {},
+    "dft": {},
+    "entropy": {"softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_losses_are_the_same_with_the_kernels_and_without(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 7, 2, 8, generator=rng).to(dtype).to(DEVICES[0])
+    unembedding = torch.randn(300, 8, generator=rng).to(dtype).to(DEVICES[0])
+    labels = torch.randint(300, (2, 7), generator=rng).to(DEVICES[0])
+    weights: Any = {
+        "function": lambda ce, valid: torch.where(valid, ce, 0),
+        "dft": wmtp.RowLocalWeights("dft"),
+        "entropy": wmtp.RowLocalWeights("entropy", 0.5),
+    }.get(name)
+    if name == "masked":
+        labels[:, :3] = -100
+
+    def run() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, unembedding)]
+        loss, stats = wmtp.linear_weighted_mtp_loss_and_stats(
+            leaves[0], leaves[1], labels, weights, slab_bytes=5 * 300 * 4 + 10_000, **LOSSES[name]
+        )
+        loss.backward()
+        return [loss.detach(), *stats, *(x.grad for x in leaves if x.grad is not None)]
+
+    calls: list[Tensor] = []
+
+    def with_kernels(logits: Tensor) -> Any:
+        calls.append(logits)
+        return kernels
+
+    monkeypatch.setattr(slab_softmax, "_kernels", lambda _: None)
+    plain = run()
+    monkeypatch.setattr(slab_softmax, "_kernels", with_kernels)
+    for one, other in zip(run(), plain, strict=True):
+        # The interpreter cuts bfloat16 off where a GPU rounds it.
+        tolerance = 2e-5 if dtype == torch.float32 or one.dtype != dtype else 2**-6
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * 0.1)
+    assert calls

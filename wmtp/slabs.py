@@ -28,8 +28,10 @@ from wmtp.slab_softmax import (
 )
 
 
-# Walks over the vocabulary gain nothing from a larger slab than this: it leaves the cache.
+# Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and is work
+# enough for a GPU.
 _COLUMN_SLAB_CELLS = 2**23
+_COLUMN_SLAB_CELLS_GPU = 2**26
 # How many rows are copied or widened at a time, and the fewest that make a product worthwhile.
 _PART_ROWS = 1024
 _MIN_PART_ROWS = 64
@@ -37,6 +39,8 @@ _MIN_PART_ROWS = 64
 _BLOCK_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
+# A slab starts at a multiple of so many columns, for vector loads.
+_ALIGNED_COLUMNS = 64
 
 
 def forward_columns(problem: Problem, with_correct: bool) -> Rows:
@@ -308,9 +312,15 @@ def _rows_in(bytes_left: int, problem: Problem) -> int:
 def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
     """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them."""
     budget = max(1, problem.slab_bytes // problem.hidden.dtype.itemsize)
-    cells = min(budget, _COLUMN_SLAB_CELLS)
-    fewest = min(_MIN_COLUMNS, budget)
-    columns = _evenly(problem.vocab, max(cells // max(rows, 1), fewest))
+    large = _COLUMN_SLAB_CELLS_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_CELLS
+    cells = min(budget, large)
+    most = max(cells // max(rows, 1), min(_MIN_COLUMNS, budget))
+    if most >= _ALIGNED_COLUMNS:
+        most -= most % _ALIGNED_COLUMNS
+        even = _evenly(problem.vocab, most)
+        columns = min(problem.vocab, even + -even % _ALIGNED_COLUMNS)
+    else:
+        columns = _evenly(problem.vocab, most)
     return _evenly(rows, max(cells, columns) // columns), columns
 
 

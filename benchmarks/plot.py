@@ -29,6 +29,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     for column, (axis, words) in enumerate(AXES.items()):
         for name, (color, style) in STYLES.items():
             mine = [row for row in rows if row["axis"] == axis and row["contender"] == name]
+            if not mine:
+                continue
             mine.sort(key=lambda row: int(row[axis]))
             x = [int(row[axis]) for row in mine]
             for line, field in enumerate(("seconds", "peak_mib")):

@@ -82,7 +82,8 @@ def _kind(x: object) -> Hashable:
     if isinstance(x, str):
         return x
     if isinstance(x, tuple | list):
-        return type(x), *map(_kind, cast(Sequence[object], x))
+        items = cast(Sequence[object], x)
+        return type(items), *map(_kind, items)
     if isinstance(x, Sequence) and not isinstance(x, range):
         raise TypeError
     return type(x)

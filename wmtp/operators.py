@@ -283,7 +283,8 @@ def _scale_(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
     """The same in place, by parts: no second gradient of the unembedding's size."""
     if not bool(scale == 1):
         for gradient in gradients:
-            for part in gradient.split(_PART_ROWS):
+            for start in range(0, len(gradient), _PART_ROWS):
+                part = gradient[start : start + _PART_ROWS]
                 part.copy_(part * scale[None])
     return gradients
 

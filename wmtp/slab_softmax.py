@@ -140,7 +140,7 @@ def gradient_over_rows(
             loss = loss + z_loss * lse.square()
         scale = factor[tile]
         if weighting.kind != "none":
-            found.weight[tile] = _local_weight(weighting, p, p_target, lse, slab, softcap)
+            found.weight[tile] = _local_weight(weighting, p, column, p_target, lse, slab, softcap)
             scale = scale * found.weight[tile]
         found.loss[tile], found.ce[tile], found.lse[tile] = loss, ce, lse
         found.at_target[tile] = _write_gradient(
@@ -240,7 +240,13 @@ def _write_gradient(
 
 
 def _local_weight(
-    weighting: RowLocal, p: Tensor, p_target: Tensor, lse: Tensor, slab: Tensor, softcap: float
+    weighting: RowLocal,
+    p: Tensor,
+    column: Tensor,
+    p_target: Tensor,
+    lse: Tensor,
+    slab: Tensor,
+    softcap: float,
 ) -> Tensor:
     """A row's weight by its own probabilities: see ``row_local.RowLocalWeights``."""
     kind, power = weighting
@@ -250,9 +256,11 @@ def _local_weight(
         score = 1 - p_target
     elif kind == "entropy":
         z = _widened(slab, softcap, torch.empty_like(p).view(-1))[0]
-        score = lse - torch.linalg.vecdot(p, torch.where(p > 0, z, 0))
+        score = lse - _dot(p, torch.where(p > 0, z, 0))
     else:
-        score = (torch.linalg.vecdot(p, p) - p_target.square() + (1 - p_target).square()).sqrt()
+        # Without the target, whose square would swallow the others'; it is written apart anyway.
+        p.scatter_(1, column.unsqueeze(1), 0.0)
+        score = (_dot(p, p) + (1 - p_target).square()).sqrt()
     return score.clamp(min=0).pow(power)
 
 
@@ -275,6 +283,10 @@ def _exact_where_coarse(lse: Tensor, log_p: Tensor, slab: Tensor, softcap: float
     again = slab[coarse]
     wide = again.new_empty(again.numel(), dtype=lse.dtype)
     return lse.masked_scatter(coarse, _widened(again, softcap, wide)[0].logsumexp(1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("rv, rv -> r", a, b)
 
 
 def _within(wanted: Tensor, columns: int) -> tuple[Tensor, Tensor]:

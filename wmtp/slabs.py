@@ -15,6 +15,7 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -278,8 +279,10 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         of_weight.index_add_(0, wanted, at_target.unsqueeze(1) * x)
         return
     order = wanted.argsort()
-    for part in order.split(_PART_ROWS):
-        rows, place = wanted[part].unique(return_inverse=True)
+    unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType]
+    for some in _parts(len(order), _PART_ROWS):
+        part = order[some]
+        rows, place = unique(wanted[part], return_inverse=True)
         total = of_weight[rows].to(wide)
         total.index_add_(0, place, at_target[part].unsqueeze(1) * x[part])
         of_weight[rows] = total.to(of_weight.dtype)

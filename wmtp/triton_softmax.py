@@ -21,6 +21,7 @@ first imported, the kernels run on the CPU, which is how they are tested where t
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 # pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # What a kernel is not asked for it neither defines nor uses.
 # pyright: reportPossiblyUnboundVariable=false
 

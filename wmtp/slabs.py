@@ -279,7 +279,7 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         of_weight.index_add_(0, wanted, at_target.unsqueeze(1) * x)
         return
     order = wanted.argsort()
-    unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType]
+    unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     for some in _parts(len(order), _PART_ROWS):
         part = order[some]
         rows, place = unique(wanted[part], return_inverse=True)

@@ -53,9 +53,14 @@ def plain_weights(kind: str, power: float, logits: Tensor, targets: Tensor, cap:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(case=batches(min_batch=1, min_seq=2), power=POWERS, normalizer=NORMALIZERS)
+@given(
+    case=batches(min_batch=1, min_seq=2),
+    power=POWERS,
+    normalizer=NORMALIZERS,
+    last_head=st.sampled_from([0.0, 0.3]),
+)
 def test_dense_and_linear_follow_plain_loops(
-    kind: Any, case: Batch, power: float, normalizer: str | float
+    kind: Any, case: Batch, power: float, normalizer: str | float, last_head: float
 ) -> None:
     leaves = [leaf(case.hidden()), leaf(case.unembedding()), leaf(case.bias())]
     logits = oracle.linear_logits(*leaves).view(*case.shape, case.vocab)
@@ -66,7 +71,8 @@ def test_dense_and_linear_follow_plain_loops(
     weights = plain_weights(kind, power, logits.detach(), targets, cap)
     # A weight that rounds to 0 or not decides whether anything is counted at all.
     weights = torch.where(weights > 1e-12, weights, 0)
-    head_weights = [1.0 / (h + 1) for h in range(case.heads)]
+    # A head that counts nothing still has weights in the denominator.
+    head_weights = [1.0 / (h + 1) for h in range(case.heads - 1)] + [last_head]
     options: dict[str, Any] = {
         "offsets": case.offsets,
         "normalizer": normalizer,
@@ -120,8 +126,11 @@ def test_statistics_say_which_weights_were_used(kind: Any) -> None:
     hidden, unembedding = normal(0, 2, 5, 2, 4), normal(1, 7, 4)
     labels, row_local = integers(2, 7, 2, 5), RowLocalWeights(kind)
     logits = oracle.linear_logits(hidden, unembedding)
-    loss, stats = linear_weighted_mtp_loss_and_stats(hidden, unembedding, labels, row_local)
-    dense, known = weighted_mtp_loss_and_stats(logits, labels, row_local)
+    options: Any = {"head_weights": (1.0, 0.0)}
+    loss, stats = linear_weighted_mtp_loss_and_stats(
+        hidden, unembedding, labels, row_local, **options
+    )
+    dense, known = weighted_mtp_loss_and_stats(logits, labels, row_local, **options)
     close(loss, dense)
     for one, other in zip(stats, known, strict=True):
         close(one, other)

@@ -98,14 +98,15 @@ def forward_backward_rows(
     """Rows, and the gradients of ``Σ factor · weight · loss`` for hidden, unembedding and bias.
 
     The weight is what ``weighting`` gives each row, a constant to the gradient. Rows of factor 0 are
-    left out of everything, or with ``every_row`` only of the gradients. Gradients are still to be
-    multiplied with ``unit``: see ``_split_unit``.
+    left out of everything, or with ``every_row`` only of the gradients; under a weighting none is,
+    for the weights of all make the denominator. Gradients are still to be multiplied with ``unit``:
+    see ``_split_unit``.
     """
     if needs[1] and weighting == NOT_LOCAL and not _room_for_sum(problem):
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     found = problem.empty_rows()
     has_target = problem.target >= 0
-    weighted = has_target & (factor != 0)
+    weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
     factor, unit = _split_unit(problem, factor, active, weighting)
     hidden, weight = problem.hidden, problem.unembedding

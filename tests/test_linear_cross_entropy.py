@@ -24,6 +24,7 @@ from tests.helpers import (
     subsets,
     untouched,
 )
+from tests.loss_forms import valid_of
 from tests.strategies import (
     IGNORE,
     JUNK,
@@ -64,10 +65,6 @@ def run(case: Batch, tensors: list[Tensor], **options: Any) -> Tensor:
     hidden, unembedding, bias = tensors
     options = {"reduction": "none", "offsets": case.offsets, **case.options, **options}
     return linear_mtp_ce_loss(hidden, unembedding, case.labels, bias=bias, **options)
-
-
-def valid_of(case: Batch) -> Tensor:
-    return oracle.valid_of(case.labels, case.heads, offsets=case.offsets)
 
 
 @given(batches(), WIDE_DTYPES, st.booleans())
@@ -510,26 +507,32 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
 
-# One row, several rows, room for a wide sum and several rows, everything at once.
-@pytest.mark.parametrize("slab_bytes", [1000, 12_000, 48_000 + 20_000, None])
+# One row, several rows, room for wide sums (142,080 bytes) and several rows, everything at once.
+@pytest.mark.parametrize("slab_bytes", [1000, 12_000, 150_000, None])
 @pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_bfloat16_gradients_are_rounded_once_whatever_the_slab(
-    slab_bytes: int | None, known: bool
+    slab_bytes: int | None, known: bool, upstream: float
 ) -> None:
     hidden, unembedding = normal(0, 2, 60, 2, 48), normal(1, 500, 48, scale=48**-0.5)
     labels, up = integers(2, 500, 2, 60), 0.1 + uniform(3, 2, 60, 2)
     ours = [leaf(x.bfloat16()) for x in (hidden, unembedding)]
     truth = [leaf(x.detach().double()) for x in ours]
     weights = up if known else (lambda _, valid: torch.where(valid, up.float(), 0))
-    loss = linear_weighted_mtp_loss(*ours, labels, weights, slab_bytes=slab_bytes)
-    right = grads(linear_weighted_mtp_loss(*truth, labels, up), truth)
+    loss = upstream * linear_weighted_mtp_loss(*ours, labels, weights, slab_bytes=slab_bytes)
+    right = grads(upstream * linear_weighted_mtp_loss(*truth, labels, up), truth)
     logits = F.linear(*ours).float()
-    dense = grads(weighted_mtp_loss(logits, labels, up), ours)
+    dense = grads(upstream * weighted_mtp_loss(logits, labels, up), ours)
+    # Known weights: made before the upstream gradient is known, and kept wide until then if the
+    # budget allows.
+    twice = known and upstream != 1 and slab_bytes is not None and slab_bytes < 142_080
     for mine, theirs, exact in zip(grads(loss, ours), dense, right, strict=True):
-        assert relative(mine, exact) <= min(1.9e-3, 1.1 * relative(theirs, exact))
+        assert relative(mine, exact) <= min(
+            2.5e-3 if twice else 1.9e-3, 1.1 * relative(theirs, exact)
+        )
 
 
-# Below 384,000 bytes there is no room for a wide sum of a bfloat16 unembedding's gradient.
+# Below 486,400 bytes there is no room for wide sums of bfloat16 gradients.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slab_bytes", [80_000, 300_000, 800_000])
 @pytest.mark.parametrize("masked", [0.0, 0.5])
@@ -547,7 +550,7 @@ def test_gradients_and_the_slab_are_all_that_is_held(
     gradients = (hidden.numel() + unembedding.numel()) * dtype.itemsize
     # Labels, targets, factors and what is known of each row, beside a hidden state of 32 numbers.
     beside = 2 * 200 * 2 * 150
-    if dtype == torch.bfloat16 and slab_bytes < 4 * unembedding.numel():
+    if dtype == torch.bfloat16 and slab_bytes < 2 * gradients:
         # Recomputing takes the hidden states that count, their gradient in float32, and a product
         # as it comes and widened.
         beside += hidden.numel() * (2 + 4 + 2 + 4 + 4)

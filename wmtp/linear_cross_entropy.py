@@ -60,7 +60,7 @@ def linear_mtp_ce_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 as many again, for the float32 sum of the unembedding's gradient.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -195,7 +195,7 @@ def linear_problem(
     )
     rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
     target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")
-    budget = slab_budget(slab_bytes, unembedding)
+    budget = slab_budget(slab_bytes, hidden, unembedding)
     return Problem(rows, unembedding, bias, target, *objective.numbers, budget), valid
 
 

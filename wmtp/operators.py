@@ -7,6 +7,7 @@ first-order gradients over them:
 * ``weighted_row_sum``: ``Σ factor · loss`` for factors known beforehand, gradients made on the way.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -133,8 +134,8 @@ def _weighted_row_sum(
     else:
         wanted = target if every_row else torch.where(factor != 0, target, -1)
         rows = forward_columns(problem._replace(target=wanted), with_correct)
-        nothing = (hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0))
-        gradients = Gradients(*nothing, unit=rows.loss.new_ones(()))
+        one = rows.loss.new_ones(())
+        gradients = Gradients(one.new_empty(0), one.new_empty(0), one.new_empty(0), unit=one)
     # A row of factor 0 counts nothing, whatever it holds.
     weighted = factor.to(rows.loss.dtype) * rows.weight
     total = torch.where(weighted != 0, weighted * rows.loss, 0).sum()
@@ -150,14 +151,16 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _(
     upstream: Tensor, lse: Tensor, hidden: Tensor, unembedding: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, unembedding, rest[-1])
+    return _fake_gradients(hidden, unembedding, rest[-1], hidden.dtype)
 
 
 @_weighted_row_sum.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(hidden: Tensor, unembedding: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    total = hidden.new_empty((), dtype=wide_dtype(hidden.dtype))
-    gradients = _fake_gradients(hidden, unembedding, rest[-1])
-    return total, *_fake_rows(hidden), *gradients, torch.empty_like(total)
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    problem, needs = Problem(*inputs[:8]), inputs[-1]
+    total = problem.hidden.new_empty((), dtype=problem.wide)
+    dtype = problem.gradient_dtype(needs)
+    gradients = _fake_gradients(problem.hidden, problem.unembedding, needs, dtype)
+    return total, *_fake_rows(problem.hidden), *gradients, torch.empty_like(total)
 
 
 def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
@@ -168,12 +171,12 @@ def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
     return loss, ce, lse, hidden.new_empty(rows, dtype=torch.bool), weight
 
 
-def _fake_gradients(hidden: Tensor, unembedding: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        unembedding.new_empty(unembedding.shape if needs[1] else (0,)),
-        unembedding.new_empty(unembedding.shape[:1] if needs[2] else (0,)),
-    )
+def _fake_gradients(
+    hidden: Tensor, unembedding: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    shapes = (hidden.shape, unembedding.shape, unembedding.shape[:1])
+    asked = (shape if need else (0,) for shape, need in zip(shapes, needs, strict=True))
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in asked)
 
 
 class _RowLosses(torch.autograd.Function):
@@ -243,15 +246,15 @@ class _WeightedRowSum(torch.autograd.Function):
         scale, values = upstream * unit, weight * loss
         scaled: Any
         if torch.compiler.is_compiling():
-            scaled = (*_scaled(scale, *gradients), upstream * values)
+            scaled = (*_scaled(scale, hidden.dtype, gradients), upstream * values)
         elif torch.is_grad_enabled():
             tied = (hidden, unembedding, bias, factor)
             scaled = _Scale.apply(upstream, scale, values, *gradients, *tied)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
             in_place = _checks.is_plain(scale) and not _graph_is_kept()
-            own = _scale_(scale, *gradients) if in_place else _scaled(scale, *gradients)
-            scaled = (*own, upstream * values)
+            scale_all = _scale_ if in_place else _scaled
+            scaled = (*scale_all(scale, hidden.dtype, gradients), upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
         wanted = of_factor.to(factor.dtype) if needs[8] else None
         return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5
@@ -262,8 +265,8 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        upstream, scale, values, *gradients = inputs[:6]
-        return *_scaled(scale, *gradients), upstream * values
+        upstream, scale, values, *gradients, hidden = inputs[:7]
+        return *_scaled(scale, hidden.dtype, gradients), upstream * values
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -274,19 +277,23 @@ class _Scale(torch.autograd.Function):
         raise RuntimeError(_ONCE)
 
 
-def _scaled(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+def _scaled(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Products in the wide dtype, rounded once."""
-    return tuple((gradient * scale[None]).to(gradient.dtype) for gradient in gradients)
+    return tuple((gradient * scale[None]).to(dtype) for gradient in gradients)
 
 
-def _scale_(scale: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-    """The same in place, by parts: no second gradient of the unembedding's size."""
-    if not bool(scale == 1):
-        for gradient in gradients:
-            for start in range(0, len(gradient), _PART_ROWS):
-                part = gradient[start : start + _PART_ROWS]
-                part.copy_(part * scale[None])
-    return gradients
+def _scale_(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in place if the dtype is right, and by parts: no temporary of a gradient's size."""
+    as_they_are = bool(scale == 1)
+    found: list[Tensor] = []
+    for gradient in gradients:
+        right = gradient.dtype == dtype
+        out = gradient if right else torch.empty_like(gradient, dtype=dtype)
+        for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):
+            part = gradient[start : start + _PART_ROWS]
+            out[start : start + _PART_ROWS] = part if as_they_are else part * scale[None]
+        found.append(out)
+    return tuple(found)
 
 
 def _graph_is_kept() -> bool:

@@ -3,6 +3,7 @@
 A row is one prediction: one position of one head. Everything here is a plain container.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,19 +65,24 @@ class Problem(NamedTuple):
         return wide_dtype(self.hidden.dtype)
 
     @property
-    def narrow(self) -> bool:
-        """Whether sums are held in a wider dtype than the inputs have."""
-        return self.hidden.dtype != self.wide
-
-    @property
     def row_bytes(self) -> int:
         """Size of one row of logits."""
         return self.vocab * self.hidden.dtype.itemsize
 
-    @property
-    def sum_bytes(self) -> int:
-        """By how much a wide sum of the unembedding's gradient exceeds that gradient."""
-        return self.unembedding.numel() * (self.wide.itemsize - self.hidden.dtype.itemsize)
+    def wide_excess(self, needs: Sequence[bool]) -> int:
+        """By how many bytes wide gradients for hidden states and unembedding exceed narrow ones."""
+        size = needs[0] * self.hidden.numel() + needs[1] * self.unembedding.numel()
+        return size * (self.wide.itemsize - self.hidden.dtype.itemsize)
+
+    def gradient_dtype(self, needs: Sequence[bool]) -> torch.dtype:
+        """In which dtype gradients wait for the upstream gradient: the wide one if the budget holds it.
+
+        While they are summed there are the wide sums and a slab; when they are narrowed, both forms,
+        of which the wide one is twice its excess.
+        """
+        excess = self.wide_excess(needs)
+        fits = self.slab_bytes >= excess + max(excess, self.row_bytes)
+        return self.wide if fits else self.hidden.dtype
 
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
@@ -86,9 +92,10 @@ class Problem(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """For ``hidden``, ``unembedding`` and ``bias``, in their dtype; empty where not needed.
+    """For ``hidden``, ``unembedding`` and ``bias``; empty where not needed.
 
-    They are still to be multiplied with ``unit``, see ``slabs.forward_backward_rows``.
+    They are still to be multiplied with ``unit``, and rounded to the dtype of the inputs if they are
+    wider: once, together with the upstream gradient.
     """
 
     hidden: Tensor
@@ -117,17 +124,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def slab_budget(slab_bytes: int | None, unembedding: Tensor) -> int:
+def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> int:
     """Bytes that may be held beside inputs and gradients, refused if not one row of logits fits.
 
     By default 64 MiB of logits, or as many bytes as the unembedding has, a sixteenth for scratch, and
-    what a float32 sum of a narrower unembedding's gradient takes.
+    what float32 sums of narrower gradients take.
     """
     vocab, size = len(unembedding), unembedding.dtype.itemsize
     row = vocab * size
     if slab_bytes is None:
         whole = unembedding.numel() * size
-        excess = unembedding.numel() * (wide_dtype(unembedding.dtype).itemsize - size)
+        excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
         return slab + slab // 15 + excess
     if slab_bytes < row:

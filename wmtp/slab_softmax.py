@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.problem import RowLocal, wide_dtype
+from wmtp.problem import RowLocal, Rows, wide_dtype
 
 
 # Tiles of this size are still in the cache when the next operation comes to them.
@@ -43,17 +43,6 @@ class ColumnSums(NamedTuple):
     best: Tensor
     best_at: Tensor
     total: Tensor
-
-
-class RowsDone(NamedTuple):
-    """What whole rows tell, ``[rows]``: see ``problem.Rows``, and the gradient at the target."""
-
-    loss: Tensor
-    ce: Tensor
-    lse: Tensor
-    correct: Tensor
-    weight: Tensor
-    at_target: Tensor
 
 
 def scratch_for(logits: Tensor, most_bytes: int) -> Tensor:
@@ -108,46 +97,44 @@ def gradient_over_rows(
     weighting: RowLocal,
     with_correct: bool,
     scratch: Tensor,
-) -> RowsDone:
-    """Everything about rows of the whole vocabulary; the slab becomes ``factor · weight · dℓ/dz``."""
+) -> tuple[Rows, Tensor]:
+    """Everything about rows of the whole vocabulary, and the gradient at each row's target.
+
+    The slab becomes ``factor · weight · dℓ/dz``.
+    """
     kernels = _kernels(logits)
     if kernels is not None:
-        return RowsDone(
-            *kernels.gradient_over_rows(
-                logits, wanted, factor, label_smoothing, z_loss, softcap, *weighting, with_correct
-            )
+        *seen, at_target = kernels.gradient_over_rows(
+            logits, wanted, factor, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
-    found = RowsDone(
-        *(torch.empty_like(factor) for _ in range(3)),
-        correct=torch.zeros_like(wanted, dtype=torch.bool),
-        weight=torch.ones_like(factor),
-        at_target=torch.empty_like(factor),
-    )
+        return Rows(*seen), at_target
+    loss, ce, lse, at_target = (torch.empty_like(factor) for _ in range(4))
+    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(factor)
     for tile in _tiles(logits, scratch):
         column, slab = wanted[tile], logits[tile]
         z, out = _widened(slab, softcap, scratch)
         chosen = _at(z, column)
         if with_correct:
-            found.correct[tile] = _first_max(z)[1] == column
+            correct[tile] = _first_max(z)[1] == column
         mean = z.mean(1) if label_smoothing else None
         p = torch.softmax(z, 1, out=out)
         p_target = _at(p, column)
         log_p = p_target.log()
-        lse = _exact_where_coarse(chosen - log_p, log_p, slab, softcap)
-        ce = torch.where(log_p < -_COARSE, lse - chosen, 0 - log_p)
-        loss = ce if mean is None else torch.lerp(ce, lse - mean, label_smoothing)
+        row_lse = _exact_where_coarse(chosen - log_p, log_p, slab, softcap)
+        row_ce = torch.where(log_p < -_COARSE, row_lse - chosen, 0 - log_p)
+        total = row_ce if mean is None else torch.lerp(row_ce, row_lse - mean, label_smoothing)
         if z_loss:
-            loss = loss + z_loss * lse.square()
+            total = total + z_loss * row_lse.square()
         scale = factor[tile]
         if weighting.kind != "none":
-            found.weight[tile] = _local_weight(weighting, p, column, p_target, lse, slab, softcap)
-            scale = scale * found.weight[tile]
-        found.loss[tile], found.ce[tile], found.lse[tile] = loss, ce, lse
-        found.at_target[tile] = _write_gradient(
-            slab, p, None, column, None, p_target, chosen, lse, scale,
+            weight[tile] = _local_weight(weighting, p, column, p_target, row_lse, slab, softcap)
+            scale = scale * weight[tile]
+        loss[tile], ce[tile], lse[tile] = total, row_ce, row_lse
+        at_target[tile] = _write_gradient(
+            slab, p, None, column, None, p_target, chosen, row_lse, scale,
             label_smoothing, z_loss, softcap, logits.shape[1],
         )  # fmt: skip
-    return found
+    return Rows(loss, ce, lse, correct, weight), at_target
 
 
 def gradient_over_columns(
@@ -268,10 +255,7 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     """Capped logits in the wide dtype, and where the next result goes: the scratch, either way."""
     out = scratch[: slab.numel()].view(slab.shape)
     if softcap:
-        torch.div(slab, softcap, out=out) if slab.dtype == out.dtype else out.copy_(slab).div_(
-            softcap
-        )
-        return out.tanh_().mul_(softcap), out
+        return out.copy_(slab).div_(softcap).tanh_().mul_(softcap), out
     return (slab if slab.dtype == out.dtype else out.copy_(slab)), out
 
 

@@ -102,18 +102,17 @@ def forward_backward_rows(
     for the weights of all make the denominator. Gradients are still to be multiplied with ``unit``:
     see ``_split_unit``.
     """
-    if needs[1] and weighting == NOT_LOCAL and not _room_for_sum(problem):
-        return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     found = problem.empty_rows()
     has_target = problem.target >= 0
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
+    rows, sum_dtype = _row_slab(problem, len(active), needs)
+    dtype = problem.gradient_dtype(needs)
+    if sum_dtype != dtype and weighting == NOT_LOCAL:
+        return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     factor, unit = _split_unit(problem, factor, active, weighting)
     hidden, weight = problem.hidden, problem.unembedding
-    rows = _row_slab(problem, len(active), needs[1])
-    # One product needs no wider sum.
-    sum_dtype = weight.dtype if rows >= len(active) else problem.wide
-    of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)
+    of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), sum_dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     slab = hidden.new_empty(rows, problem.vocab)
@@ -122,27 +121,26 @@ def forward_backward_rows(
         block = active[some]
         x, wanted, logits = hidden[block], problem.target[block], slab[: len(block)]
         _product(problem, x, slice(0, problem.vocab), logits)
-        done = gradient_over_rows(
+        done, at_target = gradient_over_rows(
             logits, wanted, factor[block], problem.label_smoothing, problem.z_loss,
             problem.softcap, weighting, with_correct, scratch,
         )  # fmt: skip
-        for column, values in zip(found, done, strict=False):
+        for column, values in zip(found, done, strict=True):
             column[block] = values
         if needs[0]:
-            of_x = logits @ weight
-            of_hidden[block] = _with_target(of_x, weight[wanted], done.at_target).to(x.dtype)
+            of_hidden[block] = _with_target(logits @ weight, weight[wanted], at_target).to(dtype)
         if needs[1]:
             _add_product(problem, of_weight, logits.T, x, fresh=some.start == 0)
-            _add_targets(of_weight, wanted, x, done.at_target)
+            _add_targets(of_weight, wanted, x, at_target)
         if needs[2]:
             of_bias += logits.sum(0, dtype=of_bias.dtype)
-            of_bias.index_add_(0, wanted, done.at_target)
-    # Freed before the sum is narrowed: what comes takes its place.
+            of_bias.index_add_(0, wanted, at_target)
+    # Freed before anything else is asked for: what comes takes its place.
     del slab, scratch
     if every_row:
         left = torch.where(weighted, -1, problem.target)
         _fill_in(found, forward_columns(problem._replace(target=left), with_correct), ~weighted)
-    return found, Gradients(of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype), unit)
+    return found, Gradients(of_hidden, of_weight.to(dtype), of_bias.to(dtype), unit)
 
 
 def backward_columns(
@@ -204,7 +202,7 @@ def backward_columns(
 def _forward_then_backward(
     problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
 ) -> tuple[Rows, Gradients]:
-    """A fourth product instead of a wide sum of the unembedding's gradient."""
+    """A fourth product instead of wide sums that the budget does not hold."""
     wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
     found = forward_columns(problem._replace(target=wanted), with_correct)
     return found, backward_columns(problem, factor, found.lse, needs)
@@ -289,23 +287,15 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         of_weight[rows] = total.to(of_weight.dtype)
 
 
-def _room_for_sum(problem: Problem) -> bool:
-    """Whether the budget holds a wide sum of the unembedding's gradient, or none is needed.
-
-    During the walk there are the sum and a slab, after it the sum and the narrow gradient.
-    """
-    if not problem.narrow or len(problem.target) <= _rows_in(problem.slab_bytes, problem):
-        return True
-    whole = problem.unembedding.numel() * problem.wide.itemsize
-    return problem.slab_bytes >= max(whole, problem.sum_bytes + problem.row_bytes)
-
-
-def _row_slab(problem: Problem, rows: int, with_weight: bool) -> int:
-    """How many rows of whole logits the budget holds, beside a wide sum if there must be one."""
-    most = _rows_in(problem.slab_bytes, problem)
-    if rows > most and with_weight:
-        most = _rows_in(problem.slab_bytes - problem.sum_bytes, problem)
-    return _evenly(rows, most)
+def _row_slab(problem: Problem, rows: int, needs: list[bool]) -> tuple[int, torch.dtype]:
+    """Rows of whole logits that the budget holds, and in which dtype to sum over such slabs."""
+    most, dtype = _rows_in(problem.slab_bytes, problem), problem.gradient_dtype(needs)
+    # One product needs no wider sum.
+    if dtype != problem.wide and (rows <= most or not needs[1]):
+        return _evenly(rows, most), dtype
+    summed = needs if dtype == problem.wide else [False, True]
+    left = problem.slab_bytes - problem.wide_excess(summed)
+    return _evenly(rows, _rows_in(left, problem)), problem.wide
 
 
 def _rows_in(bytes_left: int, problem: Problem) -> int:

@@ -167,7 +167,7 @@ def linear_weighted_mtp_loss(
         softcap: positive bound of the logits, or ``None``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 as many again, for the float32 sum of the unembedding's gradient.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,

@@ -61,7 +61,7 @@ class Column(NamedTuple):
 
 GROUPS = {
     "dense": "dense losses",
-    "known": "linear, weights `None` or a tensor",
+    "known": "linear, weights `None`, a tensor or `RowLocalWeights`",
     "late": "linear, weights a function; `linear_mtp_ce_loss`",
 }
 
@@ -96,6 +96,9 @@ COLUMNS = {
     "linear_weighted_mtp_loss None": pair(wmtp.linear_weighted_mtp_loss, weighted, None, "known"),
     "linear_weighted_mtp_loss tensor": pair(
         wmtp.linear_weighted_mtp_loss, weighted, lambda signal: signal, "known"
+    ),
+    "linear_weighted_mtp_loss row-local": pair(
+        wmtp.linear_weighted_mtp_loss, weighted, wmtp.RowLocalWeights("dft"), "known"
     ),
     "linear_weighted_mtp_loss function": pair(
         wmtp.linear_weighted_mtp_loss, weighted, rho1, "late"

@@ -5,17 +5,20 @@ public function is decorated, and a trampoline would break ``torch.compile`` and
 only its operators are used, on whole files.
 
 What is not mutated: annotations, decorators, docstrings, error messages and what else stands in a
-``raise``, the names that the checks put into their messages, the ``Example`` code, and definitions
-outside functions other than plain numbers.
+``raise``, the names that the checks put into their messages, and definitions outside functions other
+than plain numbers. Of calls only the keyword arguments and the last positional one are left out.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+
+# `x = None` and `f(None)` break at the next operation: they find nothing, and would raise the score.
+_LEFT_OUT = {"operator_assignment", "operator_dict_arguments"}
 
 
 class Mutant(NamedTuple):
@@ -74,16 +77,28 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
             return True
 
     module.visit(Collect())
-    healthy = ast.dump(ast.parse(source))
-    seen = {healthy}
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def replaced(node: cst.CSTNode, changed: cst.CSTNode) -> str:
+        """The whole file with another node."""
+        begin, end = (starts[x.line - 1] + x.column for x in (places[node].start, places[node].end))
+        if type(changed) is type(node) and hasattr(node, "lpar"):
+            # Parentheses around a node are not in its place.
+            changed = changed.with_changes(lpar=[], rpar=[])
+        return source[:begin] + module.code_for_node(changed) + source[end:]
+
+    seen = {ast.dump(ast.parse(source))}
     for node in sorted(
         (n for n in nodes if n in places and is_mutated(n)), key=lambda n: places[n].start.line
     ):
         for kind, operator in mutation_operators:
-            if not isinstance(node, kind):
+            if not isinstance(node, kind) or operator.__name__ in _LEFT_OUT:
                 continue
-            for changed in operator(node):
-                mutated = module.deep_replace(node, changed).code  # pyright: ignore
+            changes = _removals(node) if isinstance(node, cst.Call) else operator(node)
+            for changed in list(changes)[: 1 if isinstance(node, cst.BaseString) else None]:
+                mutated = replaced(node, changed)
                 try:
                     tree = ast.dump(ast.parse(mutated))
                 except SyntaxError:
@@ -93,19 +108,26 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                     yield _described(file, source, mutated)
 
 
+def _removals(call: Any) -> Iterator[Any]:
+    """A call without one of its keyword arguments, or without its last positional one."""
+    if len(call.args) < 2:
+        return
+    places = [i for i, arg in enumerate(call.args) if arg.keyword]
+    first = places[0] if places else len(call.args)
+    for i in [first - 1, *places] if first else places:
+        yield call.with_changes(args=[*call.args[:i], *call.args[i + 1 :]])
+
+
 def _described(file: str, source: str, mutated: str) -> Mutant:
     old, new = source.splitlines(), mutated.splitlines()
-    blocks = [
-        block
-        for block in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-        if block[0] != "equal"
-    ]
-    first, last = blocks[0], blocks[-1]
-    before = " ".join(line.strip() for line in old[first[1] : last[2]])
-    after = " ".join(line.strip() for line in new[first[3] : last[4]])
-    # Told apart from an equal line elsewhere by what stands above it.
-    above = next((x for x in reversed(old[: first[1] + 1]) if x.startswith(("def ", "class "))), "")
-    text = "\n".join((file, above, before, after))
-    same_before = source.splitlines()[: first[1]].count(old[first[1]]) if old else 0
-    key = hashlib.sha1(f"{text}\n{same_before}".encode()).hexdigest()[:10]
-    return Mutant(key, first[1] + 1, before, after, mutated)
+    shorter = min(len(old), len(new))
+    first = next((i for i in range(shorter) if old[i] != new[i]), shorter)
+    same = next((i for i in range(shorter - first) if old[-1 - i] != new[-1 - i]), shorter - first)
+    before = " ".join(line.strip() for line in old[first : len(old) - same])
+    after = " ".join(line.strip() for line in new[first : len(new) - same])
+    # Told apart from an equal line elsewhere by the function, and within it by counting.
+    above = [i for i in range(first + 1) if old[i].startswith(("def ", "class "))]
+    top = above[-1] if above else 0
+    number = old[top:first].count(old[first])
+    text = "\n".join((file, old[top], before, after, str(number)))
+    return Mutant(hashlib.sha1(text.encode()).hexdigest()[:10], first + 1, before, after, mutated)

@@ -35,19 +35,18 @@ from tests.mutation.mutants import Mutant, mutants_of
 ROOT = Path(__file__).parents[2]
 SESSION = ROOT / ".mutation"
 TABLE = Path(__file__).with_name("README.md")
-LIMIT_SECONDS = 120
 
 # Which tests look at which file, the quickest and closest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "targets": ("test_targets.py", "test_cross_entropy.py"),
-    "documents": ("test_targets.py", "test_scores.py"),
-    "cross_entropy": ("test_cross_entropy.py", "test_scores.py", "test_loss.py"),
-    "scans": ("test_scores.py", "test_critic.py"),
+    "documents": ("test_targets.py", "test_scores.py", "test_devices.py"),
+    "cross_entropy": ("test_cross_entropy.py", "test_scores.py", "test_loss.py", "test_devices.py"),
+    "scans": ("test_scores.py", "test_critic.py", "test_devices.py"),
     "scopes": ("test_normalize.py", "test_weights.py", "test_distributed.py"),
     "selection": ("test_weights.py", "test_distributed.py"),
-    "scores": ("test_scores.py", "test_operators.py", "test_weights.py"),
+    "scores": ("test_scores.py", "test_operators.py", "test_weights.py", "test_devices.py"),
     "row_local": ("test_row_local.py",),
-    "normalize": ("test_normalize.py", "test_weights.py", "test_distributed.py"),
+    "normalize": ("test_normalize.py", "test_weights.py", "test_distributed.py", "test_devices.py"),
     "whitening": ("test_weights.py", "test_distributed.py"),
     "weights": ("test_weights.py", "test_distributed.py"),
     "methods": ("test_weights.py", "test_distributed.py"),
@@ -55,7 +54,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "controls": ("test_controls.py",),
     "critic": ("test_critic.py",),
     "statistics": ("test_statistics.py",),
-    "loss": ("test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py"),
+    "loss": ("test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py", "test_devices.py"),
     "problem": ("test_linear_cross_entropy.py", "test_loss_autograd.py"),
     "slab_softmax": (
         "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py", "test_loss_autograd.py",
@@ -68,11 +67,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_operators.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",
         "test_row_local.py", "test_loss.py", "test_transforms.py", "test_architecture.py",
     ),
-    "linear_cross_entropy": ("test_linear_cross_entropy.py", "test_loss.py"),
+    "linear_cross_entropy": ("test_linear_cross_entropy.py", "test_loss.py", "test_devices.py"),
 }  # fmt: skip
 
 
-def run_tests(folder: Path, tests: Sequence[str]) -> tuple[str, str]:
+def run_tests(folder: Path, tests: Sequence[str], limit: float = 300) -> tuple[str, str]:
     """Run tests in a fork of this process: the outcome, and the first test that failed."""
     said = folder / "outcome"
     said.unlink(missing_ok=True)
@@ -81,7 +80,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[str, str]:
         _in_the_child(folder, tests, said)
     start = time.monotonic()
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() - start > LIMIT_SECONDS:
+        if time.monotonic() - start > limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "timeout", ""
@@ -156,7 +155,9 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
     ]
     if not left:
         return True
+    start = time.monotonic()
     outcome, by = run_tests(folder, TESTS[name])
+    limit = 10 + 4 * (time.monotonic() - start)
     if outcome != "survived":
         raise SystemExit(f"{name}: the tests fail without any mutant: {outcome} {by}")
     SESSION.mkdir(exist_ok=True)
@@ -168,7 +169,7 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
                 return False
             file.write_text(mutant.source, encoding="utf-8")
             start = time.monotonic()
-            outcome, by = run_tests(folder, TESTS[name])
+            outcome, by = run_tests(folder, TESTS[name], limit)
             record = mutant._asdict() | {"outcome": outcome, "by": by}
             del record["source"]
             record["seconds"] = round(time.monotonic() - start, 1)

@@ -41,9 +41,15 @@ class Mutant(NamedTuple):
 
 def mutants_of(file: str, source: str) -> Iterator[Mutant]:
     """Every mutant of a file, in the order of its lines, none twice."""
-    import libcst as cst
-    from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
-    from mutmut.mutation.mutators import mutation_operators
+    import libcst as cst  # pyright: ignore[reportMissingImports]
+    from libcst.metadata import (  # pyright: ignore[reportMissingImports]
+        MetadataWrapper,
+        ParentNodeProvider,
+        PositionProvider,
+    )
+    from mutmut.mutation.mutators import (  # pyright: ignore[reportMissingImports]
+        mutation_operators,
+    )
 
     wrapper = MetadataWrapper(cst.parse_module(source))
     module, parents = wrapper.module, wrapper.resolve(ParentNodeProvider)

@@ -54,7 +54,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "controls": ("test_controls.py",),
     "critic": ("test_critic.py",),
     "statistics": ("test_statistics.py",),
-    "loss": ("test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py", "test_devices.py"),
+    "loss": (
+        "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
+        "test_devices.py",
+    ),
     "problem": ("test_linear_cross_entropy.py", "test_loss_autograd.py"),
     "slab_softmax": (
         "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py", "test_loss_autograd.py",

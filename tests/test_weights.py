@@ -268,6 +268,19 @@ def test_top_k_ranks_float64_scores_beyond_float32(case: Scored, keep: float) ->
     close(actual, oracle.top_k_weights(scores, case.valid, keep=keep, scope=case.scope))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0.0, 1.0, -1.0, 3e-39, -1e38])
+def test_top_k_tells_neighbouring_floats_apart(dtype: torch.dtype, start: float) -> None:
+    ladder = [torch.tensor(start, dtype=dtype)]
+    for _ in range(40):
+        ladder.append(torch.nextafter(ladder[-1], torch.tensor(math.inf, dtype=dtype)))
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    scores, valid = torch.stack(ladder)[order][None], torch.ones(1, 41).bool()
+    for kept in range(1, 42):
+        weights = wmtp.top_k_weights(scores, valid, keep=(kept - 0.5) / 41)
+        assert torch.equal(weights[0] > 0, order >= 41 - kept)
+
+
 @given(scored(), KEEPS)
 def test_top_k_counts_are_exact_under_ties(case: Scored, keep: float) -> None:
     for scores in (torch.zeros(case.shape), case.tied_scores()):

@@ -390,6 +390,15 @@ def test_the_first_batch_is_whitened_with_its_own_statistics() -> None:
     )
 
 
+def test_statistics_of_nothing_yet_whiten_nothing() -> None:
+    scores, valid = 100 + 5 * normal(0, 2, 6), mask(1, 0.8, 2, 6)
+    blank = update_statistics(None, scores, torch.zeros_like(valid))
+    close(
+        wmtp.exp_weights(scores, valid, statistics=blank),
+        wmtp.exp_weights(scores, valid),
+    )
+
+
 def test_exponents_that_would_overflow_stay_ordered() -> None:
     scores = torch.tensor([[1e4, 2e4, 1e4]])
     weights = wmtp.exp_weights(scores, torch.ones(1, 3).bool(), whiten=False, clip=(0.1, 2.5))
@@ -790,6 +799,14 @@ def test_a_product_of_tiny_weights_does_not_underflow() -> None:
     w, valid = torch.tensor([[1e-30, 2e-30]]), torch.ones(1, 2).bool()
     weights = wmtp.combine_weights([w, w], valid, mode="product")
     assert weights[0].tolist() == pytest.approx([0.4, 1.6], rel=1e-5)
+
+
+def test_a_product_that_underflows_everywhere_keeps_its_proportions() -> None:
+    first, second = torch.tensor([[1.0, 1e-30]]), torch.tensor([[1e-30, 3.0]])
+    actual = wmtp.combine_weights(
+        [first, second], torch.ones(1, 2).bool(), mode="product", coefficients=[2.0, 2.0]
+    )
+    close(actual, torch.tensor([[0.2, 1.8]]), torch.float32)
 
 
 def test_combining_refuses_what_does_not_fit() -> None:

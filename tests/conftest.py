@@ -3,7 +3,7 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -11,6 +11,9 @@ settings.register_profile("dev", max_examples=25, **_COMMON)
 # Derandomised, so that a red run on one commit is red for everybody.
 settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
+# For `python -m tests.mutation`: a mutant is to be noticed, not understood, so nothing is shrunk.
+_HUNT = (Phase.explicit, Phase.generate)
+settings.register_profile("mutation", max_examples=30, derandomize=True, phases=_HUNT, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Without a GPU the Triton kernels run in Triton's interpreter; Triton must know when it is imported.

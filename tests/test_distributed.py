@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,23 @@ def tied(split: str) -> tuple[Tensor, Tensor]:
     return integers(11, 3, ROWS, SEQ, HEADS).double(), valid_for(split, ROWS, SEQ, HEADS)
 
 
+def shares(rows: slice) -> Tensor:
+    """What some rows add to losses that one count over all rows divides: dense, linear."""
+    hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], normal(13, 6, 3)
+    labels, weights = integers(14, 6, ROWS, SEQ)[rows], uniform(15, ROWS, SEQ)[rows]
+    dense = wmtp.weighted_mtp_loss(hidden @ unembedding.T, labels, weights, normalizer=17)
+    linear = wmtp.linear_weighted_mtp_loss(hidden, unembedding, labels, weights, normalizer=17)
+    return torch.stack([dense, linear])
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    # A rank that leaves out a collective makes the others wait: a failure within seconds, not a hang.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
     try:
         group, found = dist.group.WORLD, {}
         for split, ranks in SPLITS.items():
@@ -120,6 +134,7 @@ def worker(rank: int, folder: str) -> None:
             scores, valid = tied(split)
             rows = ranks[rank]
             found[split, "ties"] = wmtp.top_k_weights(scores[rows], valid[rows], group=group)
+            found[split, "shares"] = shares(rows)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -156,3 +171,11 @@ def test_counts_over_ranks_are_exact_under_ties(
     assert torch.equal((together > 0).sum((0, 1)), (whole > 0).sum((0, 1)))
     # Among equals the order is that of the ranks, which is that of the rows.
     close(together, whole)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_losses_of_ranks_add_to_the_whole_by_one_count(
+    ranks: list[dict[tuple[str, str], Tensor]], split: str
+) -> None:
+    # Trainers scale by the number of processes; the loss itself must not know it.
+    close(sum((rank[split, "shares"] for rank in ranks), torch.zeros(2)), shares(slice(None)))

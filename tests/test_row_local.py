@@ -145,6 +145,15 @@ def test_dft_is_the_function_of_that_name_where_one_head_is_normalised() -> None
     close(by_row, by_function)
 
 
+def test_the_weight_of_low_precision_logits_is_float32() -> None:
+    logits, labels = normal(0, 2, 9, 2, 11).bfloat16(), integers(1, 11, 2, 9)
+    _, stats = weighted_mtp_loss_and_stats(
+        logits, labels, RowLocalWeights("dft"), normalizer="tokens"
+    )
+    weights = torch.where(stats.token_ce > 0, torch.exp(-stats.token_ce), 0)
+    close(stats.weight_sum, weights.sum((0, 1)), torch.float32)
+
+
 def test_the_weight_carries_no_gradient() -> None:
     logits = leaf(normal(0, 1, 3, 1, 5))
     labels = torch.tensor([[0, 1, 2]])

@@ -268,6 +268,19 @@ def test_top_k_ranks_float64_scores_beyond_float32(case: Scored, keep: float) ->
     close(actual, oracle.top_k_weights(scores, case.valid, keep=keep, scope=case.scope))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0.0, 1.0, -1.0, 3e-39, -1e38])
+def test_top_k_tells_neighbouring_floats_apart(dtype: torch.dtype, start: float) -> None:
+    ladder = [torch.tensor(start, dtype=dtype)]
+    for _ in range(40):
+        ladder.append(torch.nextafter(ladder[-1], torch.tensor(math.inf, dtype=dtype)))
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    scores, valid = torch.stack(ladder)[order][None], torch.ones(1, 41).bool()
+    for kept in range(1, 42):
+        weights = wmtp.top_k_weights(scores, valid, keep=(kept - 0.5) / 41)
+        assert torch.equal(weights[0] > 0, order >= 41 - kept)
+
+
 @given(scored(), KEEPS)
 def test_top_k_counts_are_exact_under_ties(case: Scored, keep: float) -> None:
     for scores in (torch.zeros(case.shape), case.tied_scores()):
@@ -373,6 +386,15 @@ def test_the_first_batch_is_whitened_with_its_own_statistics() -> None:
     own = update_statistics(None, scores, valid)
     close(
         wmtp.exp_weights(scores, valid, statistics=own),
+        wmtp.exp_weights(scores, valid),
+    )
+
+
+def test_statistics_of_nothing_yet_whiten_nothing() -> None:
+    scores, valid = 100 + 5 * normal(0, 2, 6), mask(1, 0.8, 2, 6)
+    blank = update_statistics(None, scores, torch.zeros_like(valid))
+    close(
+        wmtp.exp_weights(scores, valid, statistics=blank),
         wmtp.exp_weights(scores, valid),
     )
 
@@ -777,6 +799,14 @@ def test_a_product_of_tiny_weights_does_not_underflow() -> None:
     w, valid = torch.tensor([[1e-30, 2e-30]]), torch.ones(1, 2).bool()
     weights = wmtp.combine_weights([w, w], valid, mode="product")
     assert weights[0].tolist() == pytest.approx([0.4, 1.6], rel=1e-5)
+
+
+def test_a_product_that_underflows_everywhere_keeps_its_proportions() -> None:
+    first, second = torch.tensor([[1.0, 1e-30]]), torch.tensor([[1e-30, 3.0]])
+    actual = wmtp.combine_weights(
+        [first, second], torch.ones(1, 2).bool(), mode="product", coefficients=[2.0, 2.0]
+    )
+    close(actual, torch.tensor([[0.2, 1.8]]), torch.float32)
 
 
 def test_combining_refuses_what_does_not_fit() -> None:

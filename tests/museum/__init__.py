@@ -1,0 +1,1 @@
+"""Bugs that others have had, planted in our own code to see whether our tests would notice."""

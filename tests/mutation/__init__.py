@@ -1,0 +1,1 @@
+"""Mechanical mutants of the mathematics, to see whether our tests would notice."""

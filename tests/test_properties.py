@@ -612,11 +612,18 @@ def test_dense_and_linear_agree_in_loss_statistics_and_every_gradient(
 
 
 @pytest.mark.parametrize("loss", ["linear_mtp_ce_loss", "linear_weighted_mtp_loss"])
-@given(case=batches(label_dims=(2,)), kind=st.sampled_from([*OF_PREDICTIONS, "token"]),
-       rows=st.sampled_from([1, 2, 3, 7]), dtype=WIDE_DTYPES)  # fmt: skip
+@given(
+    case=batches(label_dims=(2,)),
+    kind=st.sampled_from([*OF_PREDICTIONS, "token"]),
+    rows=st.sampled_from([1, 2, 3, 7]),
+    dtype=WIDE_DTYPES,
+    vocab=st.sampled_from([None, 600]),
+)
 def test_no_slab_changes_loss_statistics_or_gradient_of_any_weighting(
-    loss: str, case: Batch, kind: str, rows: int, dtype: torch.dtype
+    loss: str, case: Batch, kind: str, rows: int, dtype: torch.dtype, vocab: int | None
 ) -> None:
+    # Only a wide vocabulary is cut into slabs of columns.
+    case = replace(case, vocab=vocab or case.vocab)
     call = call_of(loss, case, kind, normalizer="tokens", dtype=dtype)
     row = case.vocab * dtype.itemsize
     small = call.told(slab_bytes=max(row, rows * row * 16 // 15 + 1))
@@ -1021,17 +1028,19 @@ def test_running_statistics_know_no_order_and_follow_unit_and_level(
     case: Scored, scale: float, level: float
 ) -> None:
     first, second = case.scores().double(), normal(case.seed + 7, *case.shape)
+    valid = {True: case.valid, False: mask(case.seed + 8, 0.3, *case.shape)}
 
-    def seen(*parts: Tensor) -> wmtp.WhiteningStatistics:
+    def seen(*parts: tuple[Tensor, bool]) -> wmtp.WhiteningStatistics:
         statistics: Any = None
-        for part in parts:
-            statistics = wmtp.update_statistics(statistics, part, case.valid)
+        for part, is_first in parts:
+            statistics = wmtp.update_statistics(statistics, part, valid[is_first])
         return statistics
 
-    here, swapped = seen(first, second), seen(second, first)
+    one, other = (first, True), (second, False)
+    here, swapped = seen(one, other), seen(other, one)
     for a, b in zip(here, swapped, strict=True):
         close(a, b)
-    moved = seen(scale * first + level, scale * second + level)
+    moved = seen((scale * first + level, True), (scale * second + level, False))
     close(moved.mean, torch.where(here.count > 0, scale * here.mean + level, 0))
     close(moved.std, abs(scale) * here.std)
 

@@ -127,7 +127,7 @@ def gradient_over_rows(
             total = total + z_loss * row_lse.square()
         scale = factor[tile]
         if weighting.kind != "none":
-            weight[tile] = _local_weight(weighting, p, column, p_target, row_lse, slab, softcap)
+            weight[tile] = _local_weight(weighting, p, column, p_target)
             scale = scale * weight[tile]
         loss[tile], ce[tile], lse[tile] = total, row_ce, row_lse
         at_target[tile] = _write_gradient(
@@ -226,15 +226,7 @@ def _write_gradient(
     return scale * at_target
 
 
-def _local_weight(
-    weighting: RowLocal,
-    p: Tensor,
-    column: Tensor,
-    p_target: Tensor,
-    lse: Tensor,
-    slab: Tensor,
-    softcap: float,
-) -> Tensor:
+def _local_weight(weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor) -> Tensor:
     """A row's weight by its own probabilities: see ``row_local.RowLocalWeights``."""
     kind, power = weighting
     if kind == "dft":
@@ -242,8 +234,8 @@ def _local_weight(
     elif kind == "focal":
         score = 1 - p_target
     elif kind == "entropy":
-        z = _widened(slab, softcap, torch.empty_like(p).view(-1))[0]
-        score = lse - _dot(p, torch.where(p > 0, z, 0))
+        # Not as lse − Σ p z, whose terms are as large as the logits.
+        score = torch.special.entr(p).sum(1)
     else:
         # Without the target, whose square would swallow the others'; it is written apart anyway.
         p.scatter_(1, column.unsqueeze(1), 0.0)

@@ -23,17 +23,23 @@ def problem(layout: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 @pytest.mark.parametrize("slab_bytes", [7 * 8, 10_000])
-def test_fakes_and_schemas_say_the_truth(layout: str, slab_bytes: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "dft"])
+def test_fakes_and_schemas_say_the_truth(
+    layout: str, slab_bytes: int, dtype: torch.dtype, kind: str
+) -> None:
     hidden, unembedding, target = (x.detach() for x in problem(layout))
+    hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
     inputs = (hidden, unembedding, None, target, 0.1, 0.01, 5.0, slab_bytes)
     every = [True, True, False]
     torch.library.opcheck(torch.ops.wmtp.row_losses.default, (*inputs, True))
     factor = normal(3, 10)
     torch.library.opcheck(
-        torch.ops.wmtp.weighted_row_sum.default, (*inputs, factor, "none", 1.0, True, True, every)
+        torch.ops.wmtp.weighted_row_sum.default, (*inputs, factor, kind, 1.0, True, True, every)
     )
+    base, log_sum = normal(4, 10), normal(5, 10)
     torch.library.opcheck(
-        torch.ops.wmtp.row_losses_backward.default, (factor, normal(4, 10), *inputs, every)
+        torch.ops.wmtp.row_losses_backward.default, (factor, base, log_sum, *inputs, every)
     )
 
 

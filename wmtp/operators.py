@@ -49,7 +49,7 @@ def weighted_row_sum(
     direct = _compiled_without_gradient(*problem[:3], factor)
     run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
     out: list[Tensor] = list(run(*inputs))
-    return out[0], Rows(*out[1:6])
+    return out[0], Rows(*out[1:7])
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
@@ -75,7 +75,7 @@ def _row_losses(
     softcap: float,
     slab_bytes: int,
     with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
@@ -85,7 +85,8 @@ def _row_losses(
 @torch.library.custom_op("wmtp::row_losses_backward", mutates_args=())
 def _row_losses_backward(
     upstream: Tensor,
-    lse: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
     hidden: Tensor,
     unembedding: Tensor,
     bias: Tensor | None,
@@ -99,7 +100,7 @@ def _row_losses_backward(
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
-    *gradients, unit = backward_columns(problem, upstream, lse, needs)
+    *gradients, unit = backward_columns(problem, upstream, base, log_sum, needs)
     if hidden.dtype == torch.float16:
         gradients = [gradient.mul_(unit) for gradient in gradients]
     of_hidden, of_unembedding, of_bias = gradients
@@ -122,7 +123,7 @@ def _weighted_row_sum(
     with_correct: bool,
     every_row: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
@@ -149,7 +150,7 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 @_row_losses_backward.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(
-    upstream: Tensor, lse: Tensor, hidden: Tensor, unembedding: Tensor, *rest: Any
+    upstream: Tensor, base: Tensor, log_sum: Tensor, hidden: Tensor, unembedding: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return _fake_gradients(hidden, unembedding, rest[-1], hidden.dtype)
 
@@ -157,18 +158,17 @@ def _(
 @_weighted_row_sum.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     problem, needs = Problem(*inputs[:8]), inputs[-1]
+    weighting = RowLocal(*inputs[9:11])
     total = problem.hidden.new_empty((), dtype=problem.wide)
-    dtype = problem.gradient_dtype(needs)
+    dtype = problem.gradient_dtype(needs, weighting)
     gradients = _fake_gradients(problem.hidden, problem.unembedding, needs, dtype)
     return total, *_fake_rows(problem.hidden), *gradients, torch.empty_like(total)
 
 
 def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
     rows = hidden.shape[0]
-    loss, ce, lse, weight = (
-        hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(4)
-    )
-    return loss, ce, lse, hidden.new_empty(rows, dtype=torch.bool), weight
+    *four, weight = (hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(5))
+    return *four, hidden.new_empty(rows, dtype=torch.bool), weight
 
 
 def _fake_gradients(
@@ -190,7 +190,7 @@ class _RowLosses(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, smoothing, z_loss, softcap, slab_bytes, _ = inputs
         ctx.options = (smoothing, z_loss, softcap, slab_bytes)
-        ctx.save_for_backward(output[2], *tensors)
+        ctx.save_for_backward(*output[2:4], *tensors)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -231,7 +231,7 @@ class _WeightedRowSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, loss, _, _, _, weight, *gradients_and_unit = output
+        _, loss, _, _, _, _, weight, *gradients_and_unit = output
         ctx.save_for_backward(*inputs[:3], inputs[8], loss, weight, *gradients_and_unit)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)

@@ -19,14 +19,17 @@ class Rows(NamedTuple):
     Attributes:
         loss: the objective.
         ce: the plain cross entropy.
-        lse: the log-sum-exp of the logits.
+        base: one of the row's logits, or near to it; see ``log_sum``.
+        log_sum: the log-sum-exp of the logits less their base. The two are kept apart because their sum
+            would be rounded as the logits are, however small their differences.
         correct: whether the target is the first most probable token.
         weight: what a row-local weighting gave it, or 1.
     """
 
     loss: Tensor
     ce: Tensor
-    lse: Tensor
+    base: Tensor
+    log_sum: Tensor
     correct: Tensor
     weight: Tensor
 
@@ -74,21 +77,33 @@ class Problem(NamedTuple):
         size = needs[0] * self.hidden.numel() + needs[1] * self.unembedding.numel()
         return size * (self.wide.itemsize - self.hidden.dtype.itemsize)
 
-    def gradient_dtype(self, needs: Sequence[bool]) -> torch.dtype:
-        """In which dtype gradients wait for the upstream gradient: the wide one if the budget holds it.
+    def holds_wide(self, needs: Sequence[bool]) -> bool:
+        """Whether the budget holds wide gradients until the upstream gradient is known.
 
         While they are summed there are the wide sums and a slab; when they are narrowed, both forms,
         of which the wide one is twice its excess.
         """
         excess = self.wide_excess(needs)
-        fits = self.slab_bytes >= excess + max(excess, self.row_bytes)
-        return self.wide if fits else self.hidden.dtype
+        return self.slab_bytes >= excess + max(excess, self.row_bytes)
+
+    def gradient_dtype(self, needs: Sequence[bool], weighting: "RowLocal") -> torch.dtype:
+        """In which dtype gradients made in the forward pass wait for the upstream gradient.
+
+        Weights that a row gives itself may all be tiny, and only their sum, the denominator, says so:
+        their gradients are never narrowed before.
+        """
+        wide = weighting != NOT_LOCAL or self.holds_wide(needs)
+        return self.wide if wide else self.hidden.dtype
 
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
         size = len(self.target)
-        loss, ce, lse, weight = (self.hidden.new_zeros(size, dtype=self.wide) for _ in range(4))
-        return Rows(loss, ce, lse, self.hidden.new_zeros(size, dtype=torch.bool), weight)
+        # One tensor each: what an operator gives back may not share memory.
+        loss, ce, base, log_sum, weight = (
+            self.hidden.new_zeros(size, dtype=self.wide) for _ in range(5)
+        )
+        correct = self.hidden.new_zeros(size, dtype=torch.bool)
+        return Rows(loss, ce, base, log_sum, correct, weight)
 
 
 class Gradients(NamedTuple):

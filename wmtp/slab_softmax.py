@@ -31,14 +31,16 @@ class ColumnSums(NamedTuple):
     """What a slab of some columns tells of its rows, ``[rows]``; ``best`` and ``total`` on demand.
 
     Attributes:
-        lse: the log-sum-exp.
+        base: a logit, or near to it.
+        log_sum: the log-sum-exp of the logits less their base, −inf if all logits are.
         chosen: the target's logit, 0 where the target is not among the columns.
         best: the largest logit.
         best_at: the first column that has it.
         total: the sum of the logits.
     """
 
-    lse: Tensor
+    base: Tensor
+    log_sum: Tensor
     chosen: Tensor
     best: Tensor
     best_at: Tensor
@@ -68,7 +70,7 @@ def reduce_columns(
     if kernels is not None:
         return ColumnSums(*kernels.reduce_columns(logits, wanted, softcap, with_best, with_sum))
     rows, columns = logits.shape
-    lse, chosen = (logits.new_empty(rows, dtype=scratch.dtype) for _ in range(2))
+    base, log_sum, chosen = (logits.new_empty(rows, dtype=scratch.dtype) for _ in range(3))
     best = logits.new_empty(rows if with_best else 0, dtype=scratch.dtype)
     best_at = wanted.new_empty(rows if with_best else 0)
     total = logits.new_empty(rows if with_sum else 0, dtype=scratch.dtype)
@@ -83,14 +85,13 @@ def reduce_columns(
         # The fastest pass that torch has; any column tells the sum, z − log p.
         first = z[:, 0].clone()
         log_p = torch.log_softmax(z, 1, out=out)[:, 0]
-        lse[tile] = _exact_where_coarse(first - log_p, log_p, logits[tile], softcap)
-    return ColumnSums(lse, chosen, best, best_at, total)
+        base[tile], log_sum[tile] = _normaliser(first, log_p, logits[tile], softcap)
+    return ColumnSums(base, log_sum, chosen, best, best_at, total)
 
 
 def gradient_over_rows(
     logits: Tensor,
     wanted: Tensor,
-    factor: Tensor,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
@@ -98,18 +99,20 @@ def gradient_over_rows(
     with_correct: bool,
     scratch: Tensor,
 ) -> tuple[Rows, Tensor]:
-    """Everything about rows of the whole vocabulary, and the gradient at each row's target.
+    """Everything about rows of the whole vocabulary, and ``dℓ/dz`` at each row's target.
 
-    The slab becomes ``factor · weight · dℓ/dz``.
+    The slab becomes ``dℓ/dz``: what a row counts is for the caller to multiply with, in rows × dim.
     """
     kernels = _kernels(logits)
     if kernels is not None:
         *seen, at_target = kernels.gradient_over_rows(
-            logits, wanted, factor, label_smoothing, z_loss, softcap, *weighting, with_correct
+            logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
         return Rows(*seen), at_target
-    loss, ce, lse, at_target = (torch.empty_like(factor) for _ in range(4))
-    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(factor)
+    loss, ce, base, log_sum, at_target = (
+        logits.new_empty(len(logits), dtype=scratch.dtype) for _ in range(5)
+    )
+    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(loss)
     for tile in _tiles(logits, scratch):
         column, slab = wanted[tile], logits[tile]
         z, out = _widened(slab, softcap, scratch)
@@ -120,27 +123,30 @@ def gradient_over_rows(
         p = torch.softmax(z, 1, out=out)
         p_target = _at(p, column)
         log_p = p_target.log()
-        row_lse = _exact_where_coarse(chosen - log_p, log_p, slab, softcap)
-        row_ce = torch.where(log_p < -_COARSE, row_lse - chosen, 0 - log_p)
-        total = row_ce if mean is None else torch.lerp(row_ce, row_lse - mean, label_smoothing)
+        base[tile], log_sum[tile] = _normaliser(chosen, log_p, slab, softcap)
+        row_base, row_sum = base[tile], log_sum[tile]
+        row_ce = (row_base - chosen) + row_sum
+        total = row_ce
+        if mean is not None:
+            total = torch.lerp(row_ce, (row_base - mean) + row_sum, label_smoothing)
+        lse = row_base + row_sum
         if z_loss:
-            total = total + z_loss * row_lse.square()
-        scale = factor[tile]
+            total = total + z_loss * lse.square()
         if weighting.kind != "none":
             weight[tile] = _local_weight(weighting, p, column, p_target)
-            scale = scale * weight[tile]
-        loss[tile], ce[tile], lse[tile] = total, row_ce, row_lse
+        loss[tile], ce[tile] = total, row_ce
         at_target[tile] = _write_gradient(
-            slab, p, None, column, None, p_target, chosen, row_lse, scale,
+            slab, p, None, column, None, p_target, chosen, lse, None,
             label_smoothing, z_loss, softcap, logits.shape[1],
         )  # fmt: skip
-    return Rows(loss, ce, lse, correct, weight), at_target
+    return Rows(loss, ce, base, log_sum, correct, weight), at_target
 
 
 def gradient_over_columns(
     logits: Tensor,
     wanted: Tensor,
-    lse: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
     factor: Tensor,
     label_smoothing: float,
     z_loss: float,
@@ -150,30 +156,32 @@ def gradient_over_columns(
 ) -> Tensor:
     """The slab of some columns becomes ``factor · dℓ/dz``; gives the gradient at the target.
 
-    ``wanted`` counts from the slab's first column; 0 is given where it is not in the slab.
+    ``base`` and ``log_sum`` are the whole rows'. ``wanted`` counts from the slab's first column; 0 is
+    given where it is not in the slab.
     """
     kernels = _kernels(logits)
     if kernels is not None:
         return kernels.gradient_over_columns(
-            logits, wanted, lse, factor, label_smoothing, z_loss, softcap, vocab
+            logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab
         )
     at_target = torch.empty_like(factor)
     inside, column = _within(wanted, logits.shape[1])
     for tile in _tiles(logits, scratch):
-        slab, row_lse = logits[tile], lse[tile]
+        slab, row_base, row_sum = logits[tile], base[tile], log_sum[tile]
         z, out = _widened(slab, softcap, scratch)
         chosen, first = _at(z, column[tile]), z[:, 0].clone()
         # Softmax over these columns, times their share of the whole: torch's exp takes longer.
         p = torch.softmax(z, 1, out=out)
         log_p = p[:, 0].log()
-        of_slab = _exact_where_coarse(first - log_p, log_p, slab, softcap)
-        masked = of_slab == -torch.inf
+        own_base, own_sum = _normaliser(first, log_p, slab, softcap)
+        masked = own_sum == -torch.inf
         if bool(masked.any()):
             p[masked] = 0
-        at_target[tile] = _write_gradient(
-            slab, p, (of_slab - row_lse).exp(), column[tile], inside[tile],
-            (chosen - row_lse).exp(), chosen, row_lse, factor[tile],
-            label_smoothing, z_loss, softcap, vocab,
+        share = ((own_base - row_base) + (own_sum - row_sum)).exp()
+        p_target = ((chosen - row_base) - row_sum).exp()
+        at_target[tile] = factor[tile] * _write_gradient(
+            slab, p, share, column[tile], inside[tile], p_target, chosen, row_base + row_sum,
+            factor[tile], label_smoothing, z_loss, softcap, vocab,
         )  # fmt: skip
     return torch.where(inside, at_target, 0)
 
@@ -187,13 +195,13 @@ def _write_gradient(
     p_target: Tensor,
     chosen: Tensor,
     lse: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     vocab: int,
 ) -> Tensor:
-    """Turn probabilities, ``share · p``, into the gradient over the slab; gives the target's entry.
+    """Turn probabilities, ``share · p``, into ``scale · dℓ/dz``; gives ``dℓ/dz`` at the target.
 
     ``dℓ/dz_v = (1 + 2 · z_loss · lse) p_v − (1 − ε) [v = y] − ε / V``, times the softcap's slope
     ``1 − tanh²``.
@@ -218,12 +226,15 @@ def _write_gradient(
         p.scatter_(1, index, 0.0)
     else:
         p.scatter_(1, index, p.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
-    over_row = (scale if over_row is None else scale * over_row).unsqueeze(1)
-    if p.dtype == slab.dtype:
-        torch.mul(p, over_row, out=slab)
+    if scale is not None:
+        over_row = scale if over_row is None else scale * over_row
+    if over_row is None:
+        slab.copy_(p)
+    elif p.dtype == slab.dtype:
+        torch.mul(p, over_row.unsqueeze(1), out=slab)
     else:
-        slab.copy_(p.mul_(over_row))
-    return scale * at_target
+        slab.copy_(p.mul_(over_row.unsqueeze(1)))
+    return at_target
 
 
 def _local_weight(weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor) -> Tensor:
@@ -235,7 +246,7 @@ def _local_weight(weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tens
         score = 1 - p_target
     elif kind == "entropy":
         # Not as lse − Σ p z, whose terms are as large as the logits.
-        score = torch.special.entr(p).sum(1)
+        score = -torch.xlogy(p, p).sum(1)
     else:
         # Without the target, whose square would swallow the others'; it is written apart anyway.
         p.scatter_(1, column.unsqueeze(1), 0.0)
@@ -251,14 +262,22 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     return (slab if slab.dtype == out.dtype else out.copy_(slab)), out
 
 
-def _exact_where_coarse(lse: Tensor, log_p: Tensor, slab: Tensor, softcap: float) -> Tensor:
-    """Log-sum-exps again, with care, of rows where it was told by an improbable column."""
+def _normaliser(z: Tensor, log_p: Tensor, slab: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """``base`` and ``log_sum`` as one column tells them, which has logit ``z`` and ``log_p``.
+
+    Again, with care, for rows where that column is improbable.
+    """
+    base, log_sum = z, 0 - log_p
     coarse = ~(log_p >= -_COARSE)
-    if not bool(coarse.any()):
-        return lse
-    again = slab[coarse]
-    wide = again.new_empty(again.numel(), dtype=lse.dtype)
-    return lse.masked_scatter(coarse, _widened(again, softcap, wide)[0].logsumexp(1))
+    if bool(coarse.any()):
+        again = slab[coarse]
+        wide = again.new_empty(again.numel(), dtype=z.dtype)
+        logits = _widened(again, softcap, wide)[0]
+        peak = logits.amax(1)
+        peak = torch.where(peak == -torch.inf, 0, peak)
+        base = base.masked_scatter(coarse, peak)
+        log_sum = log_sum.masked_scatter(coarse, logits.sub_(peak.unsqueeze(1)).exp_().sum(1).log())
+    return base, log_sum
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

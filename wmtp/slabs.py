@@ -55,8 +55,9 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     for some in _parts(len(active), rows):
         block = active[some]
         x, wanted = problem.hidden[block], problem.target[block]
-        parts: list[Tensor] = []
-        chosen = total = torch.zeros_like(found.lse[block])
+        bases: list[Tensor] = []
+        sums: list[Tensor] = []
+        chosen = total = torch.zeros_like(found.loss[block])
         best, best_at = torch.full_like(chosen, -math.inf), torch.zeros_like(wanted)
         for part in _parts(problem.vocab, columns):
             logits = slab[: len(block) * (part.stop - part.start)].view(len(block), -1)
@@ -65,7 +66,8 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
                 logits, wanted - part.start, problem.softcap, with_correct,
                 problem.label_smoothing > 0, scratch,
             )  # fmt: skip
-            parts.append(seen.lse)
+            bases.append(seen.base)
+            sums.append(seen.log_sum)
             chosen = chosen + seen.chosen
             if problem.label_smoothing:
                 total = total + seen.total
@@ -73,14 +75,16 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
                 better = seen.best > best
                 best = torch.where(better, seen.best, best)
                 best_at = torch.where(better, seen.best_at + part.start, best_at)
-        lse = torch.stack(parts, 1).logsumexp(1)
-        ce = lse - chosen
+        base, log_sum = _merged(torch.stack(bases, 1), torch.stack(sums, 1))
+        ce = (base - chosen) + log_sum
         loss = ce
         if problem.label_smoothing:
-            loss = torch.lerp(ce, lse - total / problem.vocab, problem.label_smoothing)
+            uniform = (base - total / problem.vocab) + log_sum
+            loss = torch.lerp(ce, uniform, problem.label_smoothing)
         if problem.z_loss:
-            loss = loss + problem.z_loss * lse.square()
-        found.loss[block], found.ce[block], found.lse[block] = loss, ce, lse
+            loss = loss + problem.z_loss * (base + log_sum).square()
+        found.loss[block], found.ce[block] = loss, ce
+        found.base[block], found.log_sum[block] = base, log_sum
         found.weight[block] = 1
         if with_correct:
             found.correct[block] = best_at == wanted
@@ -106,14 +110,20 @@ def forward_backward_rows(
     has_target = problem.target >= 0
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
-    rows, sum_dtype = _row_slab(problem, len(active), needs)
-    dtype = problem.gradient_dtype(needs)
-    if sum_dtype != dtype and weighting == NOT_LOCAL:
+    dtype, left = problem.gradient_dtype(needs, weighting), problem.slab_bytes
+    if problem.holds_wide(needs):
+        left -= problem.wide_excess(needs)
+    most = _rows_in(left, problem)
+    if needs[1] and dtype != problem.wide and len(active) > most:
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
-    factor, unit = _split_unit(problem, factor, active, weighting)
+    rows = _evenly(len(active), most)
     hidden, weight = problem.hidden, problem.unembedding
+    factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
+    if dtype != problem.wide:
+        unit = _unit(factor[active], hidden[active], weight)
+        factor = factor / unit
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
-    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), sum_dtype, active)
+    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     slab = hidden.new_empty(rows, problem.vocab)
     scratch = scratch_for(slab, problem.slab_bytes // 16)
@@ -122,18 +132,23 @@ def forward_backward_rows(
         x, wanted, logits = hidden[block], problem.target[block], slab[: len(block)]
         _product(problem, x, slice(0, problem.vocab), logits)
         done, at_target = gradient_over_rows(
-            logits, wanted, factor[block], problem.label_smoothing, problem.z_loss,
-            problem.softcap, weighting, with_correct, scratch,
+            logits, wanted, problem.label_smoothing, problem.z_loss, problem.softcap,
+            weighting, with_correct, scratch,
         )  # fmt: skip
+        scale = factor[block] * done.weight
+        at_target = scale * at_target
         for column, values in zip(found, done, strict=True):
             column[block] = values
         if needs[0]:
-            of_hidden[block] = _with_target(logits @ weight, weight[wanted], at_target).to(dtype)
+            of_x = (logits @ weight) * scale.unsqueeze(1)
+            of_hidden[block] = _with_target(of_x, weight[wanted], at_target).to(dtype)
         if needs[1]:
-            _add_product(problem, of_weight, logits.T, x, fresh=some.start == 0)
+            own = _unit(scale, x) if dtype == problem.wide else torch.ones_like(unit)
+            scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
+            _add_product(problem, of_weight, logits.T, scaled, own, fresh=some.start == 0)
             _add_targets(of_weight, wanted, x, at_target)
         if needs[2]:
-            of_bias += logits.sum(0, dtype=of_bias.dtype)
+            _add_to_bias(problem, of_bias, logits, scale)
             of_bias.index_add_(0, wanted, at_target)
     # Freed before anything else is asked for: what comes takes its place.
     del slab, scratch
@@ -144,7 +159,7 @@ def forward_backward_rows(
 
 
 def backward_columns(
-    problem: Problem, upstream: Tensor, lse: Tensor, needs: list[bool]
+    problem: Problem, upstream: Tensor, base: Tensor, log_sum: Tensor, needs: list[bool]
 ) -> Gradients:
     """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary.
 
@@ -152,9 +167,11 @@ def backward_columns(
     dtype.
     """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
-    factor, unit = _split_unit(problem, upstream, active, NOT_LOCAL)
-    factor, wanted, lse = factor[active], problem.target[active], lse[active]
+    factor, wanted = upstream[active].to(problem.wide), problem.target[active]
+    base, log_sum = base[active], log_sum[active]
     x, weight = problem.hidden[active], problem.unembedding
+    unit = _unit(factor, x, weight)
+    factor = factor / unit
     of_x = _unfilled(x, x.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
@@ -174,7 +191,7 @@ def backward_columns(
             logits = logits.view(block.stop - start, -1)
             _product(problem, x[block], part, logits)
             at_target[block] += gradient_over_columns(
-                logits, wanted[block] - part.start, lse[block], factor[block],
+                logits, wanted[block] - part.start, base[block], log_sum[block], factor[block],
                 problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
             )  # fmt: skip
             if needs[0]:
@@ -205,7 +222,7 @@ def _forward_then_backward(
     """A fourth product instead of wide sums that the budget does not hold."""
     wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
     found = forward_columns(problem._replace(target=wanted), with_correct)
-    return found, backward_columns(problem, factor, found.lse, needs)
+    return found, backward_columns(problem, factor, found.base, found.log_sum, needs)
 
 
 def _fill_in(found: Rows, more: Rows, where: Tensor) -> None:
@@ -221,30 +238,29 @@ def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
         torch.addmm(problem.bias[part], x, weight, out=out)
 
 
-def _split_unit(
-    problem: Problem, factor: Tensor, active: Tensor, weighting: RowLocal
-) -> tuple[Tensor, Tensor]:
-    """Factors in the wide dtype; for float16 divided by a power of two, which is given too.
+def _merged(bases: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Base and log-sum of whole rows from those of their parts, ``[rows parts]``."""
+    largest = (bases + sums).argmax(1, keepdim=True)
+    base = bases.gather(1, largest)
+    return base.squeeze(1), ((bases - base) + sums).logsumexp(1)
 
-    A factor of ``1/N`` would push ``p · factor`` into float16's subnormals. Divided by the unit the
-    active factors sum to at most 256, or to less where hidden states or unembedding are so large
-    that the products would overflow. The unit goes back in after the products, in float32, together
-    with the upstream gradient, which for float16 is usually a large loss scale.
+
+def _unit(factor: Tensor, *operands: Tensor) -> Tensor:
+    """1, or for float16 operands a power of two to divide the factors by.
+
+    A factor of ``1/N`` would push a product into float16's subnormals. Divided by the unit the factors
+    sum to at most 256, or to less where an operand is so large that its products would overflow. The
+    unit goes back in after the products, in float32.
     """
-    factor = factor.to(problem.wide)
     unit = factor.new_ones(())
-    if problem.hidden.dtype != torch.float16:
-        return factor, unit
+    if operands[0].dtype != torch.float16:
+        return unit
     largest = unit
-    for operand in (problem.hidden[active], problem.unembedding):
+    for operand in operands:
         if operand.numel():
             largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))
-    # No weight is larger: probabilities, log V of an entropy, √2 of an EL2N score.
-    base = {"entropy": max(1.0, math.log(problem.vocab)), "el2n": 2**0.5}.get(weighting.kind, 1.0)
-    total = factor[active].abs().sum() * base**weighting.power
-    total = total / (2.0**14 / largest).clamp(max=128)
-    unit = torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total))), unit)
-    return factor / unit, unit
+    total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)
+    return torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total))), unit)
 
 
 def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Tensor) -> Tensor:
@@ -253,8 +269,19 @@ def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Te
     return fill(shape, dtype=dtype, device=like.device)
 
 
-def _add_product(problem: Problem, total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` if it is fresh, summed in the dtype of ``total``."""
+def _add_product(
+    problem: Problem,
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    unit: Tensor | None = None,
+    *,
+    fresh: bool,
+) -> None:
+    """``total += unit · a @ b``, or ``total = …`` if it is fresh, summed in the dtype of ``total``.
+
+    The unit is for float16 and a wide total.
+    """
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
@@ -263,7 +290,16 @@ def _add_product(problem: Problem, total: Tensor, a: Tensor, b: Tensor, *, fresh
     size = b.shape[1] * (a.dtype.itemsize + total.dtype.itemsize)
     for part in _parts(len(a), max(_MIN_PART_ROWS, problem.slab_bytes // 32 // max(1, size))):
         product = a[part] @ b
+        if unit is not None and a.dtype == torch.float16:
+            product = product.to(total.dtype).mul_(unit)
         total[part].copy_(product) if fresh else total[part].add_(product)
+
+
+def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
+    """``total += scale @ logits``, by parts that are widened first."""
+    size = problem.vocab * total.dtype.itemsize
+    for part in _parts(len(logits), problem.slab_bytes // 32 // size):
+        total.addmv_(logits[part].to(total.dtype).T, scale[part])
 
 
 def _with_target(of_x: Tensor, weight_rows: Tensor, at_target: Tensor) -> Tensor:
@@ -285,17 +321,6 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         total = of_weight[rows].to(wide)
         total.index_add_(0, place, at_target[part].unsqueeze(1) * x[part])
         of_weight[rows] = total.to(of_weight.dtype)
-
-
-def _row_slab(problem: Problem, rows: int, needs: list[bool]) -> tuple[int, torch.dtype]:
-    """Rows of whole logits that the budget holds, and in which dtype to sum over such slabs."""
-    most, dtype = _rows_in(problem.slab_bytes, problem), problem.gradient_dtype(needs)
-    # One product needs no wider sum.
-    if dtype != problem.wide and (rows <= most or not needs[1]):
-        return _evenly(rows, most), dtype
-    summed = needs if dtype == problem.wide else [False, True]
-    left = problem.slab_bytes - problem.wide_excess(summed)
-    return _evenly(rows, _rows_in(left, problem)), problem.wide
 
 
 def _rows_in(bytes_left: int, problem: Problem) -> int:
@@ -325,5 +350,6 @@ def _evenly(size: int, most: int) -> int:
 
 
 def _parts(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, max(1, step)):
+    step = max(1, step)
+    for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -40,7 +40,7 @@ _WEIGHTINGS = ("none", "dft", "focal", "entropy", "el2n")
 
 def reduce_columns(
     logits: Tensor, wanted: Tensor, softcap: float, with_best: bool, with_sum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What a slab of some columns contributes to its rows, to be merged with the other slabs.
 
     Args:
@@ -52,12 +52,13 @@ def reduce_columns(
         with_sum: whether the sum of the logits is wanted.
 
     Returns:
-        Five tensors ``[rows]``, the last three empty unless asked for: the log-sum-exp (−inf if all
-        logits are), the target's logit (0 if it stands elsewhere), the largest logit and the first
-        column it stands in (both leave NaN out), the sum. All are of the soft-capped logits.
+        Six tensors ``[rows]``, the last three empty unless asked for: the largest logit (0 if all are
+        −inf), the log-sum-exp of the logits less that (−inf if all are), the target's logit (0 if it
+        stands elsewhere), the largest logit and the first column it stands in (both leave NaN out), the
+        sum. All are of the soft-capped logits.
     """
     rows, cols = _checked(logits)
-    lse, chosen = (_numbers(logits, rows) for _ in range(2))
+    base, log_sum, chosen = (_numbers(logits, rows) for _ in range(3))
     best = _numbers(logits, rows if with_best else 0)
     best_at = torch.empty_like(best, dtype=torch.int64)
     total = _numbers(logits, rows if with_sum else 0)
@@ -69,7 +70,8 @@ def reduce_columns(
                 logits.stride(0),
                 cols,
                 wanted.contiguous(),
-                lse,
+                base,
+                log_sum,
                 chosen,
                 best,
                 best_at,
@@ -81,30 +83,28 @@ def reduce_columns(
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
-    return lse, chosen, best, best_at, total
+    return base, log_sum, chosen, best, best_at, total
 
 
 def gradient_over_rows(
     logits: Tensor,
     wanted: Tensor,
-    factor: Tensor,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     weighting: str,
     power: float,
     with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss of whole rows, and in place of their logits the gradient, the target's column left out.
 
-    The gradient is ``factor · weight · dℓ/dlogit``, the weight taken as a constant. The target's entry
-    is by far the largest of a row, so it is set to 0 in the slab, where a narrow dtype would round it,
-    and returned in float32.
+    The gradient is ``dℓ/dlogit``, not yet multiplied with the weight. The target's entry is by far the
+    largest of a row, so it is set to 0 in the slab, where a narrow dtype would round it, and returned
+    in float32.
 
     Args:
         logits: ``[rows vocab]``, overwritten.
         wanted: ``[rows]`` int64 in ``[0, vocab)``.
-        factor: ``[rows]`` float32.
         label_smoothing: see ``cross_entropy.Objective``.
         z_loss: see there.
         softcap: see there; 0 means none.
@@ -114,16 +114,16 @@ def gradient_over_rows(
         with_correct: whether ``correct`` is wanted.
 
     Returns:
-        Six tensors ``[rows]``: loss, cross entropy, log-sum-exp, whether the target is the first most
-        probable token (false if not asked for; false where a logit is NaN), weight, and the target's
-        entry of the gradient.
+        Seven tensors ``[rows]``: loss, cross entropy, the largest logit and the log-sum-exp of the
+        logits less that, whether the target is the first most probable token (false if not asked for;
+        false where a logit is NaN), weight, and the target's entry of the gradient.
     """
     rows, cols = _checked(logits)
     if weighting not in _WEIGHTINGS:
         raise ValueError(f"weighting must be one of {_WEIGHTINGS}, got {weighting!r}")
     if power == 0:  # also where the base is 0
         weighting = "none"
-    loss, ce, lse, weight, at_target = (_numbers(logits, rows) for _ in range(5))
+    loss, ce, base, log_sum, weight, at_target = (_numbers(logits, rows) for _ in range(6))
     correct = torch.zeros(rows, dtype=torch.bool, device=logits.device)
     if rows:
         block, warps = _block(cols)
@@ -133,10 +133,10 @@ def gradient_over_rows(
                 logits.stride(0),
                 cols,
                 wanted.contiguous(),
-                factor.contiguous(),
                 loss,
                 ce,
-                lse,
+                base,
+                log_sum,
                 correct.view(torch.uint8),
                 weight,
                 at_target,
@@ -157,13 +157,14 @@ def gradient_over_rows(
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
-    return loss, ce, lse, correct, weight, at_target
+    return loss, ce, base, log_sum, correct, weight, at_target
 
 
 def gradient_over_columns(
     logits: Tensor,
     wanted: Tensor,
-    lse: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
     factor: Tensor,
     label_smoothing: float,
     z_loss: float,
@@ -172,13 +173,14 @@ def gradient_over_columns(
 ) -> Tensor:
     """Write the gradient in place of a slab of some columns, for rows whose log-sum-exp is known.
 
-    As in ``gradient_over_rows``, with weight 1.
+    As in ``gradient_over_rows``, but multiplied with a factor: ``factor · dℓ/dlogit``.
 
     Args:
         logits: ``[rows cols]``, overwritten.
         wanted: ``[rows]`` int64, the target counted from the slab's first column; anything outside
             ``[0, cols)`` means that it stands elsewhere.
-        lse: ``[rows]`` float32, over the whole vocabulary.
+        base: ``[rows]`` float32.
+        log_sum: ``[rows]`` float32, over the whole vocabulary, of the logits less the base.
         factor: ``[rows]`` float32.
         label_smoothing: see ``cross_entropy.Objective``.
         z_loss: see there.
@@ -198,7 +200,8 @@ def gradient_over_columns(
                 logits.stride(0),
                 cols,
                 wanted.contiguous(),
-                lse.contiguous(),
+                base.contiguous(),
+                log_sum.contiguous(),
                 factor.contiguous(),
                 at_target,
                 label_smoothing / vocab,
@@ -243,7 +246,8 @@ def _reduce_columns(
     stride,
     cols,
     wanted,
-    lse,
+    base_out,
+    log_sum,
     chosen,
     best,
     best_at,
@@ -283,7 +287,8 @@ def _reduce_columns(
         done += 1
     sum_of_mass = tl.sum(mass, 0)
     logarithm = tl.log(tl.where(sum_of_mass == 0, 1.0, sum_of_mass))
-    tl.store(lse + row, tl.where(sum_of_mass == 0, -float("inf"), _finite(peak) + logarithm))
+    tl.store(base_out + row, _finite(peak))
+    tl.store(log_sum + row, tl.where(sum_of_mass == 0, -float("inf"), logarithm))
     if with_best:
         tl.store(best + row, peak)
         tl.store(best_at + row, tl.min(tl.where(top == peak, top_at, cols), 0).to(tl.int64))
@@ -302,10 +307,10 @@ def _gradient_over_rows(
     stride,
     cols,
     wanted,
-    factor,
     loss,
     ce,
-    lse,
+    base_out,
+    log_sum,
     correct,
     weight,
     at_target,
@@ -392,10 +397,9 @@ def _gradient_over_rows(
     if weighting != "none" and has_power:
         # NaN stays NaN: only an exact 0 is 0, and its logarithm is not taken.
         own = tl.where(own == 0, 0.0, tl.exp(power * tl.log(tl.where(own == 0, 1.0, own))))
-    scale = tl.load(factor + row) * own
     # p_y − 1 is −off / total; the other terms of the target's entry are added to that.
     entry = -off / total
-    pull = scale / total
+    pull = 1 / total
     if has_smoothing:
         entry += smoothing_at_target
     if has_z_loss:
@@ -405,9 +409,10 @@ def _gradient_over_rows(
         entry *= slope_target
     tl.store(loss + row, row_loss)
     tl.store(ce + row, row_ce)
-    tl.store(lse + row, row_lse)
+    tl.store(base_out + row, peak)
+    tl.store(log_sum + row, log_total)
     tl.store(weight + row, own)
-    tl.store(at_target + row, scale * entry)
+    tl.store(at_target + row, entry)
 
     # No warp may overwrite the target's logit before all have read it.
     tl.debug_barrier()
@@ -424,7 +429,7 @@ def _gradient_over_rows(
             first = tl.where(below, first, 0)
         g = tl.exp(z - base) * pull
         if has_smoothing:
-            g -= scale * smoothing_per_column
+            g -= smoothing_per_column
         if has_softcap:
             g *= slope
         tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
@@ -438,7 +443,8 @@ def _gradient_over_columns(
     stride,
     cols,
     wanted,
-    lse,
+    base,
+    log_sum,
     factor,
     at_target,
     smoothing_per_column,
@@ -458,13 +464,15 @@ def _gradient_over_columns(
     target = tl.load(wanted + row)
     inside = (target >= start) & (target < start + block) & (target < cols)
     target = tl.where(inside, target, -1).to(tl.int32)
-    row_lse = tl.load(lse + row)
+    row_base = tl.load(base + row)
+    row_sum = tl.load(log_sum + row)
+    row_lse = row_base + row_sum
     scale = tl.load(factor + row)
     pull = scale
     if has_z_loss:
         pull *= 1 + 2 * z_loss * row_lse
     z, slope = _scores(line, column, cols, softcap, has_softcap)
-    g = tl.exp(z - row_lse) * pull
+    g = tl.exp((z - row_base) - row_sum) * pull
     if has_smoothing:
         g -= scale * smoothing_per_column
     if has_softcap:
@@ -472,7 +480,8 @@ def _gradient_over_columns(
     tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
     if inside:
         # Taken from the block, not loaded again: another warp may have written there already.
-        short = _expm1(tl.sum(tl.where(column == target, z, 0.0), 0) - row_lse)  # p_y − 1
+        z_target = tl.sum(tl.where(column == target, z, 0.0), 0)
+        short = _expm1((z_target - row_base) - row_sum)  # p_y − 1
         entry = short
         if has_smoothing:
             entry += smoothing_at_target

@@ -550,6 +550,8 @@ class Call:
         made = {name: law.make(world) for name, law in self.laws.items()}
         if "whiten" in made and made.get("statistics") is not None:
             made["whiten"] = True
+        if "dim" in made:
+            made["hidden"] = made["hidden"].to(made["dtype"] or torch.float32)
         if made.get("mode") == "intersection":
             made["coefficients"] = None
         if made.get("cu_seqlens") is not None and made["cu_seqlens"][-1] > world.sizes["s"]:

@@ -51,8 +51,8 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def command(runs: Path, resume: bool, changes: tuple[str, ...] = CHANGES) -> list[str]:
-    words = [word for change in changes for word in ("--set", change)]
+def command(runs: Path, resume: bool, algo: str) -> list[str]:
+    words = [word for change in (*CHANGES, f"train.algo={algo}") for word in ("--set", change)]
     place = ["--config", str(ROOT / "examples" / "tiny.toml"), "--runs", str(runs)]
     return [
         sys.executable, str(ROOT / "examples" / "train.py"), *place, *words,
@@ -64,12 +64,14 @@ def parts(runs: Path) -> list[Path]:
     return list(runs.rglob(".*.part"))
 
 
-def start(runs: Path, resume: bool, after: float | None, at_write: bool = False) -> Ended:
+def start(
+    runs: Path, resume: bool, algo: str, after: float | None = None, at_write: bool = False
+) -> Ended:
     """Run to the end, or until `after` seconds and then, if asked, until a file is being written."""
     began = time.monotonic()
     known = set(parts(runs))
     with subprocess.Popen(
-        command(runs, resume), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command(runs, resume, algo), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True,
     ) as process:  # fmt: skip
         while process.poll() is None:
@@ -120,7 +122,9 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def until_done(runs: Path, kills: int, length: float, r: random.Random) -> tuple[int, list[str]]:
+def until_done(
+    runs: Path, algo: str, kills: int, length: float, r: random.Random
+) -> tuple[int, list[str]]:
     """One run, killed up to `kills` times; how often it was, and what was wrong."""
     done = 0
     while True:
@@ -132,7 +136,7 @@ def until_done(runs: Path, kills: int, length: float, r: random.Random) -> tuple
             resume = False
         at_write = done % 2 == 1
         after = r.uniform(0, length) if done < kills else None
-        ended = start(runs, resume, after, at_write)
+        ended = start(runs, resume, algo, after, at_write)
         place = "while a file was written" if parts(runs) else ""
         print(f"  {'resumed' if resume else 'started'}, {ended.seconds:5.2f} s, "
               f"{f'killed {place}' if ended.killed else f'ended with {ended.code}'}",
@@ -142,15 +146,15 @@ def until_done(runs: Path, kills: int, length: float, r: random.Random) -> tuple
             return done, [] if ended.code == 0 else [f"ended with {ended.code}: {ended.errors}"]
 
 
-def kill_and_resume(kills: int, seed: int, folder: Path) -> list[str]:
+def kill_and_resume(kills: int, seed: int, algo: str, folder: Path) -> list[str]:
     """What is wrong after so many kills; nothing, if all is well."""
     r = random.Random(seed)
-    straight = start(folder / "straight", resume=False, after=None)
+    straight = start(folder / "straight", False, algo)
     if straight.code != 0:
         return [f"the uninterrupted run failed: {straight.errors}"]
     wanted = outcome(folder / "straight")
     # The first one may have filled caches; the second tells how long one takes.
-    again = start(folder / "again", resume=False, after=None)
+    again = start(folder / "again", False, algo)
     if wrong := differing(outcome(folder / "again"), wanted):
         return [f"two uninterrupted runs differ in {wrong}"]
     length = min(straight.seconds, again.seconds)
@@ -158,7 +162,7 @@ def kill_and_resume(kills: int, seed: int, folder: Path) -> list[str]:
     done, rounds, said = 0, 0, []
     while done < kills and not said:
         runs = folder / f"round{rounds}"
-        more, said = until_done(runs, min(kills - done, 5), length, r)
+        more, said = until_done(runs, algo, min(kills - done, 5), length, r)
         done += more
         rounds += 1
         wrong = differing(outcome(runs), wanted) if not said else []
@@ -176,9 +180,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algo", default="rho1-wmtp", help="baseline-mtp needs no reference model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        said = kill_and_resume(options.kills, options.seed, Path(name))
+        said = kill_and_resume(options.kills, options.seed, options.algo, Path(name))
     print("\n".join(said) or "the same bit for bit")
     return 1 if said else 0
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(EXAMPLES))
 from lab.checkpoint import read_tensors, write_tensors  # noqa: E402
 from lab.config import load_config  # noqa: E402
 from lab.critic import place as critic_place  # noqa: E402
+from lab.errors import LabError  # noqa: E402
 from lab.experiment import prepare_text  # noqa: E402
 from lab.pairs import functions, make_pairs  # noqa: E402
 from lab.reference import place as reference_place  # noqa: E402
@@ -367,11 +368,13 @@ def test_a_corpus_from_elsewhere_is_read_and_never_run(
         body = b"\ndef f%d(x):\n    return x + %d\n" % (index, index)
         (root / f"m{index}.py").write_bytes(bomb(mark) + body)
     text = prepare_text(load_config(EXAMPLES / "tiny.toml", [f"corpus.root={str(root)!r}"]))
-    sources = functions(text.documents["reference"], 160)
     assert all(text.documents.values())
-    assert (
-        len(make_pairs(sources, 4, 161, seed=0)[0].tokens) == 4 if sources else bomb is not python
-    )
+    if bomb is python:  # the pairs compile it, and no more
+        sources = functions(text.documents["reference"], 160)
+        assert len(make_pairs(sources, 4, 161, seed=0)[0].tokens) == 4
+    else:
+        with pytest.raises(LabError, match="no function"):
+            functions(text.documents["reference"], 160)
     assert not mark.exists()
 
 

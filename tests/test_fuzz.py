@@ -262,8 +262,9 @@ def _members(value: Any, r: random.Random) -> Wrong:
         return Wrong(type(value)(items), "number of members", shared=True)
     place = r.randrange(len(items))
     old = items[place]
-    items[place] = corrupt(old, r).value
-    return Wrong(type(value)(items), "one member", shared=True)
+    part = corrupt(old, r)
+    items[place] = part.value
+    return Wrong(type(value)(items), f"one member: {part.what}", shared=True)
 
 
 def corrupt(value: Any, r: random.Random) -> Wrong:
@@ -581,7 +582,9 @@ KNOWN: list[tuple[str, str, str]] = [
 
 def known(made: Input, said: str) -> bool:
     """Whether a violation is one of `KNOWN`, or of a tensor that is no plain one."""
-    if any(re.search("^(sparse|csr|nested|quantized)|float8", w.what) for w in made.wrong.values()):
+    if any(
+        re.search(r"\b(sparse|csr|nested|quantized)\b|float8", w.what) for w in made.wrong.values()
+    ):
         return True
     return any(
         re.fullmatch(names, name) and re.search(pattern, said)

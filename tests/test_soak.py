@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,21 @@ from torch import Tensor
 from tests.soak import TOLERANCE, Sample, Soak, complaints, difference, one_step, soak
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def test_a_short_soak_leaves_no_tensor_behind_and_stays_together() -> None:
-    found = soak(200, every=40)
-    assert {dtype for dtype, values in found.differences.items() if values} == set(TOLERANCE)
-    # A short run only fills the caches: the resident memory is the long one's to judge.
-    assert [said for said in complaints(found) if "resident" not in said] == []
+    # In a process of its own: what other tests left in this one is freed at any moment.
+    code = """
+from tests.soak import TOLERANCE, complaints, soak
+found = soak(200, every=40)
+assert {dtype for dtype, values in found.differences.items() if values} == set(TOLERANCE)
+# A short run only fills the caches: the resident memory is the long one's to judge.
+said = [said for said in complaints(found) if "resident" not in said]
+assert said == [], said
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_tensor_kept_at_every_step_is_seen() -> None:

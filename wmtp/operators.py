@@ -21,7 +21,7 @@ from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
 def row_losses(problem: Problem, with_correct: bool) -> Rows:
     """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias."""
     if _compiled_without_gradient(*problem[:3]):
-        return Rows(*_row_losses(*problem, with_correct))
+        return Rows(*_row_losses(*problem, with_correct))  # traced by Dynamo
     return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
 
 
@@ -202,7 +202,7 @@ class _RowLosses(torch.autograd.Function):
         inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
         # Dynamo cannot trace a Function inside a backward; it refuses double backward by itself.
         if torch.compiler.is_compiling():
-            gradients: Any = _row_losses_backward(*inputs)
+            gradients: Any = _row_losses_backward(*inputs)  # traced by Dynamo
         else:
             gradients = _RowLossesBackward.apply(*inputs)  # pyright: ignore
         return *_asked_for(gradients, needs), *[None] * 6
@@ -245,7 +245,7 @@ class _WeightedRowSum(torch.autograd.Function):
         upstream = grad_outputs[0]
         scale, values = upstream * unit, weight * loss
         scaled: Any
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # traced by Dynamo
             scaled = (*_scaled(scale, hidden.dtype, gradients), upstream * values)
         elif torch.is_grad_enabled():
             tied = (hidden, unembedding, bias, factor)

@@ -433,7 +433,7 @@ def _gradient_over_rows(
         if has_softcap:
             g *= slope
         tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
-    if with_correct:
+    if with_correct:  # pragma: no branch (the interpreter's copy ends elsewhere)
         tl.store(correct + row, tl.min(first, 0).to(tl.uint8))
 
 
@@ -478,7 +478,7 @@ def _gradient_over_columns(
     if has_softcap:
         g *= slope
     tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
-    if inside:
+    if inside:  # pragma: no branch (as above)
         # Taken from the block, not loaded again: another warp may have written there already.
         z_target = tl.sum(tl.where(column == target, z, 0.0), 0)
         short = _expm1((z_target - row_base) - row_sum)  # p_y − 1

@@ -104,16 +104,15 @@ def forward_backward_rows(
     The weight is what ``weighting`` gives each row, a constant to the gradient. Rows of factor 0 are
     left out of everything, or with ``every_row`` only of the gradients; under a weighting none is,
     for the weights of all make the denominator. Gradients are still to be multiplied with ``unit``:
-    see ``_split_unit``.
+    see ``_unit``.
     """
     found = problem.empty_rows()
     has_target = problem.target >= 0
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
-    dtype, left = problem.gradient_dtype(needs, weighting), problem.slab_bytes
-    if problem.holds_wide(needs):
-        left -= problem.wide_excess(needs)
-    most = _rows_in(left, problem)
+    dtype = problem.gradient_dtype(needs, weighting)
+    excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
+    most = _rows_in(problem.slab_bytes - excess, problem)
     if needs[1] and dtype != problem.wide and len(active) > most:
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     rows = _evenly(len(active), most)
@@ -140,8 +139,7 @@ def forward_backward_rows(
         for column, values in zip(found, done, strict=True):
             column[block] = values
         if needs[0]:
-            of_x = (logits @ weight) * scale.unsqueeze(1)
-            of_hidden[block] = _with_target(of_x, weight[wanted], at_target).to(dtype)
+            _write_hidden(of_hidden, block, logits @ weight, scale, weight, wanted, at_target)
         if needs[1]:
             own = _unit(scale, x) if dtype == problem.wide else torch.ones_like(unit)
             scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
@@ -204,10 +202,9 @@ def backward_columns(
             of_weight[part] = total
     del slab, scratch
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
-    for part in _parts(len(active), _PART_ROWS):
-        if needs[0]:
-            whole = _with_target(of_x[part], weight[wanted[part]], at_target[part])
-            of_hidden[active[part]] = whole.to(x.dtype)
+    if needs[0]:
+        one = torch.ones_like(at_target)
+        _write_hidden(of_hidden, active, of_x, one, weight, wanted, at_target)
     del of_x
     if needs[1]:
         _add_targets(of_weight, wanted, x, at_target)
@@ -295,16 +292,20 @@ def _add_product(
         total[part].copy_(product) if fresh else total[part].add_(product)
 
 
-def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
-    """``total += scale @ logits``, by parts that are widened first."""
-    size = problem.vocab * total.dtype.itemsize
-    for part in _parts(len(logits), problem.slab_bytes // 32 // size):
-        total.addmv_(logits[part].to(total.dtype).T, scale[part])
-
-
-def _with_target(of_x: Tensor, weight_rows: Tensor, at_target: Tensor) -> Tensor:
-    """Add the target's part, exact, to a product that left it out."""
-    return (at_target.unsqueeze(1) * weight_rows).add_(of_x)
+def _write_hidden(
+    out: Tensor,
+    rows: Tensor,
+    of_x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    wanted: Tensor,
+    at_target: Tensor,
+) -> None:
+    """``out[rows] = scale · of_x + at_target · weight[wanted]``, rounded once, by parts."""
+    for part in _parts(len(rows), _PART_ROWS):
+        whole = at_target[part].unsqueeze(1) * weight[wanted[part]]
+        whole += scale[part].unsqueeze(1) * of_x[part]
+        out[rows[part]] = whole.to(out.dtype)
 
 
 def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor) -> None:
@@ -321,6 +322,13 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         total = of_weight[rows].to(wide)
         total.index_add_(0, place, at_target[part].unsqueeze(1) * x[part])
         of_weight[rows] = total.to(of_weight.dtype)
+
+
+def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
+    """``total += scale @ logits``, by parts that are widened first."""
+    size = problem.vocab * total.dtype.itemsize
+    for part in _parts(len(logits), problem.slab_bytes // 32 // size):
+        total.addmv_(logits[part].to(total.dtype).T, scale[part])
 
 
 def _rows_in(bytes_left: int, problem: Problem) -> int:

@@ -23,7 +23,12 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from lab.batches import batch_rows, take  # noqa: E402
-from lab.checkpoint import read_tensors, write_tensors  # noqa: E402
+from lab.checkpoint import (  # noqa: E402
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
 from lab.config import CorpusConfig, CorruptionConfig, from_dict, load_config  # noqa: E402
 from lab.corpus import BOS, IGNORE, Document, load_splits, pack  # noqa: E402
 from lab.corruption import corrupt  # noqa: E402
@@ -234,6 +239,80 @@ def test_stopping_and_resuming_changes_no_bit(runs):
     assert one.keys() == other.keys()
     assert any(key.startswith("optimizer.") for key in one)
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+REFERENCE = ["train.steps=4", "rho1.reference_steps=4", "train.log_every=1"]
+
+
+def test_a_stopped_reference_goes_on_and_ends_the_same(tmp_path):
+    """It has one head, so `heads.inner` is empty and the optimiser knows nothing about it."""
+    kept = []
+    for name in ("straight", "parts"):
+        runs = tmp_path / name
+        if name == "parts":
+            assert TRAIN.main(arguments(runs, "--stop-after", "2", changes=REFERENCE)) == 130
+            assert not list(runs.glob("reference-*/nll.safetensors"))
+        resume = ["--resume"] if name == "parts" else []
+        assert TRAIN.main(arguments(runs, *resume, changes=REFERENCE)) == 0
+        tensors = {
+            str(path.relative_to(runs)): read_tensors(path, advice="")
+            for path in sorted(runs.rglob("*.safetensors"))
+        }
+        histories = {
+            str(path.relative_to(runs)): path.read_text() for path in runs.rglob("metrics.jsonl")
+        }
+        kept.append((tensors, histories))
+    (one, histories), (other, other_histories) = kept
+    assert histories == other_histories
+    assert len(histories) == 2
+    assert one.keys() == other.keys()
+    assert len(one) == 3
+    for name, (tensors, metadata) in one.items():
+        again, metadata_again = other[name]
+        assert metadata == metadata_again
+        assert tensors.keys() == again.keys()
+        assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+class Lines(torch.nn.Module):
+    """Layers by name; those in `idle` take no part in the loss."""
+
+    def __init__(self, idle=(), **sizes):
+        super().__init__()
+        self.idle = idle
+        self.layers = torch.nn.ModuleDict({n: torch.nn.Linear(3, k) for n, k in sizes.items()})
+
+    def adam(self):
+        optimizer = torch.optim.AdamW(self.parameters())
+        used = [layer for name, layer in self.layers.items() if name not in self.idle]
+        sum(layer(torch.ones(3)).sum() for layer in used).backward()
+        optimizer.step()
+        return optimizer
+
+
+PLACE = {"step": 1, "logged": 0, "identity": {}}
+
+
+def test_a_parameter_that_was_never_trained_needs_no_optimiser_state(tmp_path):
+    path, model = tmp_path / CHECKPOINT, Lines(idle=["b"], a=2, b=2)
+    save_checkpoint(path, model, model.adam(), PLACE)
+    fresh = Lines(a=2, b=2)
+    optimizer = torch.optim.AdamW(fresh.parameters())
+    assert load_checkpoint(path, fresh, optimizer, {}) == PLACE
+    assert all(map(torch.equal, fresh.parameters(), model.parameters()))
+    known = {n for n, p in fresh.named_parameters() if optimizer.state.get(p)}
+    assert known == {"layers.a.weight", "layers.a.bias"}
+
+
+@pytest.mark.parametrize(
+    "other", [{"a": 2}, {"a": 2, "b": 2, "c": 2}, {"a": 2, "c": 2}, {"a": 2, "b": 1}, {"a": 2, "b": 3}]
+)
+def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
+    path, model = tmp_path / CHECKPOINT, Lines(a=2, b=2)
+    save_checkpoint(path, model, model.adam(), PLACE)
+    fresh = Lines(**other)
+    with pytest.raises(LabError, match=r"belongs to another model \(.*layers\.[bc]\.bias.*remove"):
+        load_checkpoint(path, fresh, torch.optim.AdamW(fresh.parameters()), {})
 
 
 def test_the_same_command_again_gets_a_folder_of_its_own(runs):

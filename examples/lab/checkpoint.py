@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,29 @@ def load_checkpoint(
     stored = metadata.get("identity", {})
     if found := differences(stored, identity):
         raise LabError(f"{path} was made with another {found}; give the same again, or {advice}")
+    parameters = dict(model.named_parameters())
+    values: dict[str, Tensor] = {}
     state: dict[str, dict[str, Tensor]] = {}
-    for key in tensors:
-        if key.startswith("optimizer."):
-            _, entry, name = key.split(".", 2)
-            state.setdefault(name, {})[entry] = tensors[key]
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(tensors[f"model.{name}"])
-            optimizer.state[parameter] = state[name]
-    except (KeyError, RuntimeError) as error:
-        raise LabError(f"{path} belongs to another model ({error}); {advice}") from None
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "model":
+            values[rest] = tensor
+        else:
+            entry, _, name = rest.partition(".")
+            state.setdefault(name, {})[entry] = tensor
+    shapes, wanted = _shapes(values), _shapes(parameters)
+    if found := differences({**dict.fromkeys(state, "no values"), **shapes}, wanted):
+        raise LabError(f"{path} belongs to another model ({found}); {advice}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+            if name in state:  # what no gradient has reached yet has no state
+                optimizer.state[parameter] = state[name]
     return metadata
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def differences(stored: Metadata, wanted: Metadata) -> str:

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import lab.arm  # noqa: E402
+import lab.training  # noqa: E402
 from lab.batches import batch_rows, take  # noqa: E402
 from lab.checkpoint import (  # noqa: E402
     load_checkpoint,
@@ -241,6 +243,91 @@ def test_stopping_and_resuming_changes_no_bit(runs):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+KILLED = ["train.steps=4", "train.algo=baseline-mtp", "train.log_every=1"]
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles SIGKILL."""
+
+
+def killed(words, monkeypatch, module, name, after=1, made=False):
+    """Run up to the `after`-th call of `module.name`; whether that one still is `made`."""
+    calls, whole = [], getattr(module, name)
+
+    def kill(*given):
+        calls.append(name)
+        if made or len(calls) < after:
+            whole(*given)
+        if len(calls) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, kill)
+        with pytest.raises(Killed):
+            TRAIN.main(words)
+
+
+def test_a_kill_while_results_are_written_changes_no_history(tmp_path, monkeypatch):
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    assert TRAIN.main(arguments(straight, changes=KILLED)) == 0
+    killed(arguments(parts, changes=KILLED), monkeypatch, lab.arm, "write_json")
+    assert not (parts / "tiny" / "baseline-mtp" / "results.json").exists()
+    log = Path("tiny", "baseline-mtp", "metrics.jsonl")
+    assert "test_head0_loss" in (parts / log).read_text()
+    assert TRAIN.main(arguments(parts, "--resume", changes=KILLED)) == 0
+    assert (parts / log).read_text() == (straight / log).read_text()
+
+
+def test_a_kill_while_the_history_is_rewound_loses_none_of_it(tmp_path, monkeypatch):
+    changes = [*KILLED, "train.steps=6"]
+    assert TRAIN.main(arguments(tmp_path, "--stop-after", "3", changes=changes)) == 130
+    log = tmp_path / "tiny" / "baseline-mtp" / "metrics.jsonl"
+    before = log.read_bytes()
+    assert before.count(b"\n") == 3
+    log.write_bytes(before + b'{"step": 4, "lo')  # a kill while a line was written
+    words, whole = arguments(tmp_path, "--resume", changes=changes), Path.write_text
+
+    def half(path, text, **options):
+        whole(path, text[: len(text) // 2], **options)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(Killed):
+            TRAIN.main(words)
+    assert log.read_bytes().startswith(before)
+    assert TRAIN.main([*words, "--stop-after", "4"]) == 130
+    assert log.read_bytes().startswith(before)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own use of SQLAlchemy
+def test_kills_leave_every_metric_in_the_store_once(tmp_path, monkeypatch):
+    changes = [*KILLED, "tracking.mlflow=true", "train.checkpoint_every=1"]
+    words, resume = arguments(tmp_path, changes=changes), ()
+    for module, name, after, made in (
+        (lab.training, "save_checkpoint", 2, True),
+        (lab.training, "save_checkpoint", 1, False),
+        (lab.arm, "write_json", 1, False),
+        (lab.arm, "write_json", 1, True),
+    ):
+        killed([*words, *resume], monkeypatch, module, name, after, made)
+        resume = ("--resume",)
+    assert TRAIN.main([*words, *resume]) == 0
+    folder = tmp_path / "tiny"
+    lines = (folder / "baseline-mtp" / "metrics.jsonl").read_text().splitlines()
+    wanted = [
+        (name, entry["step"], value)
+        for entry in map(json.loads, lines)
+        for name, value in entry.items()
+        if name != "step"
+    ]
+    assert {"test_head0_loss", "loss"} <= {name for name, _, _ in wanted}
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        found = store.execute("select key, step, value from metrics").fetchall()
+    assert sorted(found) == sorted(wanted)
+
+
 REFERENCE = ["train.steps=4", "rho1.reference_steps=4", "train.log_every=1"]
 
 
@@ -305,7 +392,8 @@ def test_a_parameter_that_was_never_trained_needs_no_optimiser_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"a": 2}, {"a": 2, "b": 2, "c": 2}, {"a": 2, "c": 2}, {"a": 2, "b": 1}, {"a": 2, "b": 3}]
+    "other",
+    [{"a": 2}, {"a": 2, "b": 2, "c": 2}, {"a": 2, "c": 2}, {"a": 2, "b": 1}, {"a": 2, "b": 3}],
 )
 def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
     path, model = tmp_path / CHECKPOINT, Lines(a=2, b=2)
@@ -458,6 +546,42 @@ def test_a_truncated_checkpoint_is_refused_and_kept(runs, stopped, capsys):
         path.write_bytes(whole[:size])
         refused(capsys, arguments(runs, "--resume", changes=stopped), "truncated", "remove")
         assert path.read_bytes() == whole[:size]
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (lambda lines: [b"\x80\x04 not JSON"], "line 1"),
+        (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2"),
+        (lambda lines: [*lines[:2], b"[1, 2]", b""], "line 3"),
+        (lambda lines: [b'{"step": "1"}', *lines[1:]], "line 1"),
+        (lambda lines: [lines[0], b'{"loss": 2.0}', *lines[2:]], "line 2"),
+        (lambda lines: [lines[0], b'{"step": 2, "loss": null}', *lines[2:]], "line 2"),
+        (lambda lines: [*lines[:-1], b"PK\x03"], "line 3"),
+        (lambda lines: lines[1:], "1 lines, but the checkpoint was saved after 2"),
+        (lambda lines: [], "0 lines, but the checkpoint was saved after 2"),
+    ],
+)
+def test_a_damaged_history_is_refused_and_kept(damage, place, tmp_path, capsys):
+    changes = [*KILLED, "train.steps=6"]
+    assert TRAIN.main(arguments(tmp_path, "--stop-after", "2", changes=changes)) == 130
+    path = tmp_path / "tiny" / "baseline-mtp" / "metrics.jsonl"
+    damaged = b"\n".join(damage(path.read_bytes().split(b"\n")))
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    words = arguments(tmp_path, "--resume", changes=changes)
+    refused(capsys, words, str(path), place, f"remove {path.parent}")
+    assert path.read_bytes() == damaged
+
+
+def test_a_checkpoint_that_does_not_say_how_far_it_is_is_refused(runs, stopped, capsys):
+    path = runs / "stopped" / "baseline-mtp" / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    tensors, metadata = read_tensors(path, advice="")
+    for key in ("step", "logged"):
+        write_tensors(path, tensors, {k: v for k, v in metadata.items() if k != key})
+        refused(capsys, arguments(runs, "--resume", changes=stopped), f"say its {key}", "remove")
     path.write_bytes(whole)
 
 

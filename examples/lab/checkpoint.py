@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from .errors import LabError
 
 
 Metadata = dict[str, Any]
+PROGRESS = ("step", "logged")  # how many steps were made, and how many lines of history written
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-    """Write the file beside its place, then move it there: a reader sees the old or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside its place, then moved there: a reader sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata={"json": json.dumps(metadata, sort_keys=True)})
+        yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
@@ -30,12 +33,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) ->
         part.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
+    """Replace a safetensors file."""
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"json": json.dumps(metadata, sort_keys=True)})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON the same way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Replace a JSON file."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -78,6 +90,8 @@ def load_checkpoint(
     stored = metadata.get("identity", {})
     if found := differences(stored, identity):
         raise LabError(f"{path} was made with another {found}; give the same again, or {advice}")
+    if lacking := [key for key in PROGRESS if not isinstance(metadata.get(key), int)]:
+        raise LabError(f"{path} does not say its {' and '.join(lacking)}; {advice}")
     parameters = dict(model.named_parameters())
     values: dict[str, Tensor] = {}
     state: dict[str, dict[str, Tensor]] = {}

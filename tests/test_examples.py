@@ -301,6 +301,29 @@ def test_a_kill_while_the_history_is_rewound_loses_none_of_it(tmp_path, monkeypa
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    changes = [*KILLED, "train.algo=rho1-wmtp", "rho1.reference_steps=4"]
+    words = arguments(tmp_path, "--stop-after", "2", changes=changes)
+    assert TRAIN.main(words) == 130
+    reference = next(tmp_path.glob("reference-*"))
+    (tmp_path / "tiny" / "rho1-wmtp").mkdir()
+    left, kept = [], []
+    for folder, name in (
+        (tmp_path / "tiny", "results.json"),
+        (tmp_path / "tiny" / "rho1-wmtp", "results.json"),
+        (reference, "nll.safetensors"),
+        (reference, "metrics.jsonl"),
+    ):
+        left += [folder / f".{name}.{pid}.part" for pid in (dead.pid, os.getpid())]
+        kept += [folder / f".{name}.{os.getppid()}.part", folder / f".{name}.mine.part"]
+    for path in left + kept:
+        path.write_text("half")
+    assert TRAIN.main(arguments(tmp_path, "--resume", changes=changes)) == 0
+    assert sorted(tmp_path.rglob(".*")) == sorted(kept)
+
+
 @pytest.mark.filterwarnings("ignore")  # MLflow's own use of SQLAlchemy
 def test_kills_leave_every_metric_in_the_store_once(tmp_path, monkeypatch):
     changes = [*KILLED, "tracking.mlflow=true", "train.checkpoint_every=1"]
@@ -413,18 +436,20 @@ def test_the_same_command_again_gets_a_folder_of_its_own(runs):
     assert TRAIN.main(arguments(runs, "--resume", changes=changes)) == 0  # complete: reads it
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(runs):
-    changes = ["train.steps=5000", "train.algo=baseline-mtp", "train.name=interrupted"]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_polite_signal_leaves_a_checkpoint_that_goes_on(sent, runs):
+    name = f"interrupted-{sent.name}"
+    changes = ["train.steps=5000", "train.algo=baseline-mtp", f"train.name={name}"]
     changes += ["train.log_every=1", "train.evaluate_every=5000", "train.checkpoint_every=5000"]
     command = [sys.executable, str(EXAMPLES / "train.py"), *arguments(runs, changes=changes)]
-    log = runs / "interrupted" / "baseline-mtp" / "metrics.jsonl"
+    log = runs / name / "baseline-mtp" / "metrics.jsonl"
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.read_text().count("\n") >= 3:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(sent)
                 break
             time.sleep(0.05)
         out, err = process.communicate(timeout=30)

@@ -33,6 +33,32 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written; a process that lives may still be writing.
+
+    Called before anything is written there, so that a file of this very process number is old.
+    """
+    for part in folder.glob(".*.part"):
+        number = part.suffixes[-2][1:]
+        if number.isdecimal() and not _lives(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process has this number; where that cannot be asked, as if there were one."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
     """Replace a safetensors file."""
     with replacing(path) as part:

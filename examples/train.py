@@ -57,7 +57,10 @@ def resume_command(options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done. 2: a mistake in what was given, told in one line. 130: stopped, can go on."""
+    """0: done. 2: a mistake in what was given, told in one line. 130: stopped, can go on.
+
+    What stops a run is Ctrl-C, SIGTERM or `--stop-after`.
+    """
     try:
         options = parse(arguments)
         config = load_config(options.config, options.overrides)

@@ -7,7 +7,7 @@ killed (SIGKILL, no chance to save) at a moment drawn uniformly over the time th
 takes, and gone on with by ``--resume``, until so many kills have happened; every other round waits
 for a file that is being written (``*.part``) and kills there. A run that ends before its kill starts
 the next round from nothing. All that a run leaves behind (weights, optimiser, metrics, results) must
-be the same bit for bit, times and file names apart, and no half-written file may be left to be read.
+be the same bit for bit, times and file names apart, and no half-written file may be left behind.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ def kill_and_resume(kills: int, seed: int, algo: str, folder: Path) -> list[str]
         if wrong:
             said.append(f"round {rounds}: these differ from the uninterrupted run: {wrong}")
         left = [path.name for path in parts(runs)]
+        if left and not said:
+            said.append(f"round {rounds}: left behind half written: {left}")
         print(f"round {rounds}: {done} kills so far, differing files: {wrong or 'none'}, "
               f"left behind: {left or 'nothing'}", flush=True)  # fmt: skip
         shutil.rmtree(runs, ignore_errors=True)

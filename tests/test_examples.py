@@ -22,8 +22,15 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import lab.arm  # noqa: E402
+import lab.training  # noqa: E402
 from lab.batches import batch_rows, take  # noqa: E402
-from lab.checkpoint import read_tensors, write_tensors  # noqa: E402
+from lab.checkpoint import (  # noqa: E402
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
 from lab.config import CorpusConfig, CorruptionConfig, from_dict, load_config  # noqa: E402
 from lab.corpus import BOS, IGNORE, Document, load_splits, pack  # noqa: E402
 from lab.corruption import corrupt  # noqa: E402
@@ -236,6 +243,189 @@ def test_stopping_and_resuming_changes_no_bit(runs):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+KILLED = ["train.steps=4", "train.algo=baseline-mtp", "train.log_every=1"]
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles SIGKILL."""
+
+
+def killed(words, monkeypatch, module, name, after=1, made=False):
+    """Run up to the `after`-th call of `module.name`; whether that one still is `made`."""
+    calls, whole = [], getattr(module, name)
+
+    def kill(*given):
+        calls.append(name)
+        if made or len(calls) < after:
+            whole(*given)
+        if len(calls) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, kill)
+        with pytest.raises(Killed):
+            TRAIN.main(words)
+
+
+def test_a_kill_while_results_are_written_changes_no_history(tmp_path, monkeypatch):
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    assert TRAIN.main(arguments(straight, changes=KILLED)) == 0
+    killed(arguments(parts, changes=KILLED), monkeypatch, lab.arm, "write_json")
+    assert not (parts / "tiny" / "baseline-mtp" / "results.json").exists()
+    log = Path("tiny", "baseline-mtp", "metrics.jsonl")
+    assert "test_head0_loss" in (parts / log).read_text()
+    assert TRAIN.main(arguments(parts, "--resume", changes=KILLED)) == 0
+    assert (parts / log).read_text() == (straight / log).read_text()
+
+
+def test_a_kill_while_the_history_is_rewound_loses_none_of_it(tmp_path, monkeypatch):
+    changes = [*KILLED, "train.steps=6"]
+    assert TRAIN.main(arguments(tmp_path, "--stop-after", "3", changes=changes)) == 130
+    log = tmp_path / "tiny" / "baseline-mtp" / "metrics.jsonl"
+    before = log.read_bytes()
+    assert before.count(b"\n") == 3
+    log.write_bytes(before + b'{"step": 4, "lo')  # a kill while a line was written
+    words, whole = arguments(tmp_path, "--resume", changes=changes), Path.write_text
+
+    def half(path, text, **options):
+        whole(path, text[: len(text) // 2], **options)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(Killed):
+            TRAIN.main(words)
+    assert log.read_bytes().startswith(before)
+    assert TRAIN.main([*words, "--stop-after", "4"]) == 130
+    assert log.read_bytes().startswith(before)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    changes = [*KILLED, "train.algo=rho1-wmtp", "rho1.reference_steps=4"]
+    words = arguments(tmp_path, "--stop-after", "2", changes=changes)
+    assert TRAIN.main(words) == 130
+    reference = next(tmp_path.glob("reference-*"))
+    (tmp_path / "tiny" / "rho1-wmtp").mkdir()
+    left, kept = [], []
+    for folder, name in (
+        (tmp_path / "tiny", "results.json"),
+        (tmp_path / "tiny" / "rho1-wmtp", "results.json"),
+        (reference, "nll.safetensors"),
+        (reference, "metrics.jsonl"),
+    ):
+        left += [folder / f".{name}.{pid}.part" for pid in (dead.pid, os.getpid())]
+        kept += [folder / f".{name}.{os.getppid()}.part", folder / f".{name}.mine.part"]
+    for path in left + kept:
+        path.write_text("half")
+    assert TRAIN.main(arguments(tmp_path, "--resume", changes=changes)) == 0
+    assert sorted(tmp_path.rglob(".*")) == sorted(kept)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own use of SQLAlchemy
+def test_kills_leave_every_metric_in_the_store_once(tmp_path, monkeypatch):
+    changes = [*KILLED, "tracking.mlflow=true", "train.checkpoint_every=1"]
+    words, resume = arguments(tmp_path, changes=changes), ()
+    for module, name, after, made in (
+        (lab.training, "save_checkpoint", 2, True),
+        (lab.training, "save_checkpoint", 1, False),
+        (lab.arm, "write_json", 1, False),
+        (lab.arm, "write_json", 1, True),
+    ):
+        killed([*words, *resume], monkeypatch, module, name, after, made)
+        resume = ("--resume",)
+    assert TRAIN.main([*words, *resume]) == 0
+    folder = tmp_path / "tiny"
+    lines = (folder / "baseline-mtp" / "metrics.jsonl").read_text().splitlines()
+    wanted = [
+        (name, entry["step"], value)
+        for entry in map(json.loads, lines)
+        for name, value in entry.items()
+        if name != "step"
+    ]
+    assert {"test_head0_loss", "loss"} <= {name for name, _, _ in wanted}
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        found = store.execute("select key, step, value from metrics").fetchall()
+    assert sorted(found) == sorted(wanted)
+
+
+REFERENCE = ["train.steps=4", "rho1.reference_steps=4", "train.log_every=1"]
+
+
+def test_a_stopped_reference_goes_on_and_ends_the_same(tmp_path):
+    """It has one head, so `heads.inner` is empty and the optimiser knows nothing about it."""
+    kept = []
+    for name in ("straight", "parts"):
+        runs = tmp_path / name
+        if name == "parts":
+            assert TRAIN.main(arguments(runs, "--stop-after", "2", changes=REFERENCE)) == 130
+            assert not list(runs.glob("reference-*/nll.safetensors"))
+        resume = ["--resume"] if name == "parts" else []
+        assert TRAIN.main(arguments(runs, *resume, changes=REFERENCE)) == 0
+        tensors = {
+            str(path.relative_to(runs)): read_tensors(path, advice="")
+            for path in sorted(runs.rglob("*.safetensors"))
+        }
+        histories = {
+            str(path.relative_to(runs)): path.read_text() for path in runs.rglob("metrics.jsonl")
+        }
+        kept.append((tensors, histories))
+    (one, histories), (other, other_histories) = kept
+    assert histories == other_histories
+    assert len(histories) == 2
+    assert one.keys() == other.keys()
+    assert len(one) == 3
+    for name, (tensors, metadata) in one.items():
+        again, metadata_again = other[name]
+        assert metadata == metadata_again
+        assert tensors.keys() == again.keys()
+        assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+class Lines(torch.nn.Module):
+    """Layers by name; those in `idle` take no part in the loss."""
+
+    def __init__(self, idle=(), **sizes):
+        super().__init__()
+        self.idle = idle
+        self.layers = torch.nn.ModuleDict({n: torch.nn.Linear(3, k) for n, k in sizes.items()})
+
+    def adam(self):
+        optimizer = torch.optim.AdamW(self.parameters())
+        used = [layer for name, layer in self.layers.items() if name not in self.idle]
+        sum(layer(torch.ones(3)).sum() for layer in used).backward()
+        optimizer.step()
+        return optimizer
+
+
+PLACE = {"step": 1, "logged": 0, "identity": {}}
+
+
+def test_a_parameter_that_was_never_trained_needs_no_optimiser_state(tmp_path):
+    path, model = tmp_path / CHECKPOINT, Lines(idle=["b"], a=2, b=2)
+    save_checkpoint(path, model, model.adam(), PLACE)
+    fresh = Lines(a=2, b=2)
+    optimizer = torch.optim.AdamW(fresh.parameters())
+    assert load_checkpoint(path, fresh, optimizer, {}) == PLACE
+    assert all(map(torch.equal, fresh.parameters(), model.parameters()))
+    known = {n for n, p in fresh.named_parameters() if optimizer.state.get(p)}
+    assert known == {"layers.a.weight", "layers.a.bias"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"a": 2}, {"a": 2, "b": 2, "c": 2}, {"a": 2, "c": 2}, {"a": 2, "b": 1}, {"a": 2, "b": 3}],
+)
+def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
+    path, model = tmp_path / CHECKPOINT, Lines(a=2, b=2)
+    save_checkpoint(path, model, model.adam(), PLACE)
+    fresh = Lines(**other)
+    with pytest.raises(LabError, match=r"belongs to another model \(.*layers\.[bc]\.bias.*remove"):
+        load_checkpoint(path, fresh, torch.optim.AdamW(fresh.parameters()), {})
+
+
 def test_the_same_command_again_gets_a_folder_of_its_own(runs):
     changes = ["train.steps=2", "train.algo=baseline-mtp", "train.name=again"]
     assert TRAIN.main(arguments(runs, changes=changes)) == 0
@@ -246,18 +436,20 @@ def test_the_same_command_again_gets_a_folder_of_its_own(runs):
     assert TRAIN.main(arguments(runs, "--resume", changes=changes)) == 0  # complete: reads it
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(runs):
-    changes = ["train.steps=5000", "train.algo=baseline-mtp", "train.name=interrupted"]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_polite_signal_leaves_a_checkpoint_that_goes_on(sent, runs):
+    name = f"interrupted-{sent.name}"
+    changes = ["train.steps=5000", "train.algo=baseline-mtp", f"train.name={name}"]
     changes += ["train.log_every=1", "train.evaluate_every=5000", "train.checkpoint_every=5000"]
     command = [sys.executable, str(EXAMPLES / "train.py"), *arguments(runs, changes=changes)]
-    log = runs / "interrupted" / "baseline-mtp" / "metrics.jsonl"
+    log = runs / name / "baseline-mtp" / "metrics.jsonl"
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.read_text().count("\n") >= 3:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(sent)
                 break
             time.sleep(0.05)
         out, err = process.communicate(timeout=30)
@@ -379,6 +571,42 @@ def test_a_truncated_checkpoint_is_refused_and_kept(runs, stopped, capsys):
         path.write_bytes(whole[:size])
         refused(capsys, arguments(runs, "--resume", changes=stopped), "truncated", "remove")
         assert path.read_bytes() == whole[:size]
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (lambda lines: [b"\x80\x04 not JSON"], "line 1"),
+        (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2"),
+        (lambda lines: [*lines[:2], b"[1, 2]", b""], "line 3"),
+        (lambda lines: [b'{"step": "1"}', *lines[1:]], "line 1"),
+        (lambda lines: [lines[0], b'{"loss": 2.0}', *lines[2:]], "line 2"),
+        (lambda lines: [lines[0], b'{"step": 2, "loss": null}', *lines[2:]], "line 2"),
+        (lambda lines: [*lines[:-1], b"PK\x03"], "line 3"),
+        (lambda lines: lines[1:], "1 lines, but the checkpoint was saved after 2"),
+        (lambda lines: [], "0 lines, but the checkpoint was saved after 2"),
+    ],
+)
+def test_a_damaged_history_is_refused_and_kept(damage, place, tmp_path, capsys):
+    changes = [*KILLED, "train.steps=6"]
+    assert TRAIN.main(arguments(tmp_path, "--stop-after", "2", changes=changes)) == 130
+    path = tmp_path / "tiny" / "baseline-mtp" / "metrics.jsonl"
+    damaged = b"\n".join(damage(path.read_bytes().split(b"\n")))
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    words = arguments(tmp_path, "--resume", changes=changes)
+    refused(capsys, words, str(path), place, f"remove {path.parent}")
+    assert path.read_bytes() == damaged
+
+
+def test_a_checkpoint_that_does_not_say_how_far_it_is_is_refused(runs, stopped, capsys):
+    path = runs / "stopped" / "baseline-mtp" / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    tensors, metadata = read_tensors(path, advice="")
+    for key in ("step", "logged"):
+        write_tensors(path, tensors, {k: v for k, v in metadata.items() if k != key})
+        refused(capsys, arguments(runs, "--resume", changes=stopped), f"say its {key}", "remove")
     path.write_bytes(whole)
 
 

@@ -194,10 +194,7 @@ def unsafe(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES)
-def test_no_source_opens_a_file_that_could_execute(path: str, request: Any) -> None:
-    if path == "tests/test_distributed.py":
-        reason = "torch.load without weights_only=True (torch's default since 2.6, but unsaid)"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_no_source_opens_a_file_that_could_execute(path: str) -> None:
     assert unsafe((ROOT / path).read_text(encoding="utf-8")) == []
 
 
@@ -314,12 +311,14 @@ def opened(runs: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "checkpoint", "reference", "critic", "description", "results",
-        pytest.param("history", marks=pytest.mark.xfail(
-            strict=True, reason="a damaged metrics.jsonl is a traceback (tracking.Tracker.history)"
-        )),
+        "checkpoint",
+        "reference",
+        "critic",
+        "description",
+        "results",
+        "history",
     ],
-)  # fmt: skip
+)
 def test_a_file_from_elsewhere_executes_nothing(
     kind: str, bomb: Callable[[Path], bytes], runs: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -115,6 +115,7 @@ def run_arm(
     steps = arm.config.train.steps
     tracker.log(steps, score.metrics("test"))
     files = draw(arm, model, folder, tracker) if arm.config.tracking.plots else []
+    tracker.flush()  # a run that has its results is not looked at again
     write_json(done, result)
     tracker.finish([done, *files])
     return result

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from .errors import LabError
 
 
 Metadata = dict[str, Any]
+PROGRESS = ("step", "logged")  # how many steps were made, and how many lines of history written
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-    """Write the file beside its place, then move it there: a reader sees the old or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside its place, then moved there: a reader sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata={"json": json.dumps(metadata, sort_keys=True)})
+        yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
@@ -29,12 +33,47 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) ->
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written; a process that lives may still be writing.
+
+    Called before anything is written there, so that a file of this very process number is old.
+    """
+    for part in folder.glob(".*.part"):
+        number = part.suffixes[-2][1:]
+        if number.isdecimal() and not _lives(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process has this number; where that cannot be asked, as if there were one."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
+    """Replace a safetensors file."""
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"json": json.dumps(metadata, sort_keys=True)})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON the same way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Replace a JSON file."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -77,18 +116,31 @@ def load_checkpoint(
     stored = metadata.get("identity", {})
     if found := differences(stored, identity):
         raise LabError(f"{path} was made with another {found}; give the same again, or {advice}")
+    if lacking := [key for key in PROGRESS if not isinstance(metadata.get(key), int)]:
+        raise LabError(f"{path} does not say its {' and '.join(lacking)}; {advice}")
+    parameters = dict(model.named_parameters())
+    values: dict[str, Tensor] = {}
     state: dict[str, dict[str, Tensor]] = {}
-    for key in tensors:
-        if key.startswith("optimizer."):
-            _, entry, name = key.split(".", 2)
-            state.setdefault(name, {})[entry] = tensors[key]
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(tensors[f"model.{name}"])
-            optimizer.state[parameter] = state[name]
-    except (KeyError, RuntimeError) as error:
-        raise LabError(f"{path} belongs to another model ({error}); {advice}") from None
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "model":
+            values[rest] = tensor
+        else:
+            entry, _, name = rest.partition(".")
+            state.setdefault(name, {})[entry] = tensor
+    shapes, wanted = _shapes(values), _shapes(parameters)
+    if found := differences({**dict.fromkeys(state, "no values"), **shapes}, wanted):
+        raise LabError(f"{path} belongs to another model ({found}); {advice}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+            if name in state:  # what no gradient has reached yet has no state
+                optimizer.state[parameter] = state[name]
     return metadata
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def differences(stored: Metadata, wanted: Metadata) -> str:

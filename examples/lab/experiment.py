@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arm import Arm, Signals, run_arm
-from .checkpoint import differences, read_json, write_json
+from .checkpoint import differences, read_json, remove_leftovers, write_json, write_text
 from .config import Config
 from .corpus import SPLITS, Data, Document, Split, load_splits, pack
 from .corruption import corrupt
@@ -80,6 +80,7 @@ def open_run(config: Config, runs: Path, resume: bool) -> Path:
             f"--resume: {folder} was started with another {found}; give the same configuration, "
             "or start a new run without --resume"
         )
+    remove_leftovers(folder)
     return folder
 
 
@@ -124,4 +125,4 @@ def _finish(config: Config, folder: Path, results: dict[str, Any]) -> None:
         for algo, result in results.items()
     }
     write_json(folder / "results.json", {**started, "results": kept})
-    (folder / "table.txt").write_text(table(results) + "\n", encoding="utf-8")
+    write_text(folder / "table.txt", table(results) + "\n")

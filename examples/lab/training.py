@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import PROGRESS, load_checkpoint, remove_leftovers, save_checkpoint
 from .config import TrainConfig
 from .errors import Interrupted, LabError
 from .tracking import Metrics, Tracker
@@ -78,14 +78,19 @@ def say(text: str) -> None:
 
 
 class Stop:
-    """Makes the first Ctrl-C mean "finish this step and save"; a second one interrupts at once."""
+    """Makes the first Ctrl-C mean "finish this step and save"; a second one interrupts at once.
+
+    SIGTERM, which schedulers and `kill` send, means the same.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, after: int | None = None) -> None:
         self.after = after  # stop by itself after so many steps of each job
         self.requested = False
 
     def __enter__(self) -> "Stop":
-        self._before = signal.signal(signal.SIGINT, self._interrupted)
+        self._before = [signal.signal(number, self._interrupted) for number in self.SIGNALS]
         return self
 
     def __exit__(
@@ -94,7 +99,8 @@ class Stop:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in zip(self.SIGNALS, self._before, strict=True):
+            signal.signal(number, before)
 
     def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
         if self.requested:
@@ -110,10 +116,12 @@ def fit(job: Job, tracker: Tracker, stop: Stop) -> None:
     """Train to the end of the schedule, from the checkpoint in the tracker's folder if any."""
     optimizer = _optimizer(job)
     path = tracker.folder / CHECKPOINT
-    done = 0
+    remove_leftovers(tracker.folder)
+    done, logged = 0, 0
     if path.exists():
-        done = int(load_checkpoint(path, job.model, optimizer, job.identity)["step"])
-    tracker.rewind(done)
+        kept = load_checkpoint(path, job.model, optimizer, job.identity)
+        done, logged = (kept[key] for key in PROGRESS)
+    tracker.rewind(logged)
     bar = tqdm(
         total=job.schedule.steps, initial=done, desc=job.title, unit="step", leave=True,
         mininterval=0.5, disable=None,  # silent where stderr is not a terminal
@@ -129,10 +137,9 @@ def fit(job: Job, tracker: Tracker, stop: Stop) -> None:
             if done % job.schedule.evaluate_every == 0 or last:
                 tracker.log(done, job.evaluate())
             if stopping or last or done % job.schedule.checkpoint_every == 0:
-                save_checkpoint(
-                    path, job.model, optimizer, {"step": done, "identity": job.identity}
-                )
                 tracker.flush()
+                place = {"step": done, "logged": tracker.logged, "identity": job.identity}
+                save_checkpoint(path, job.model, optimizer, place)
             if stopping and not last:
                 raise Interrupted(done)
     if stop.requested:

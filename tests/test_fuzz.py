@@ -554,45 +554,6 @@ def describe(name: str, seed: int, targets: tuple[str, ...] | None = None) -> st
     return "\n".join(lines)
 
 
-# What the package does not do yet: an argument, what is said, and why it is let pass. Each has a test
-# below that is expected to fail, so that who mends it takes it out here.
-KNOWN: list[tuple[str, str, str]] = [
-    ("group", "allreduce|does not name|accepts", "a group of another type"),
-    (
-        "offsets",
-        "accepts what is wrong",
-        "offsets that a [batch seq heads] reference does not need",
-    ),
-    ("offsets", "MemoryError|OverflowError|alloc|overflow|iterable|TypeCheckError", "wild offsets"),
-    ("head_weights", "stack expects|TypeCheckError|does not name", "empty or odd head weights"),
-    ("device|dtype|dim|heads|hidden_dim|hidden", ".", "modules: options unchecked"),
-    ("z_loss|label_smoothing|softcap|ignore_index|offsets", "does not name|ambiguous", "modules"),
-    (
-        "keep|temperature|beta|clip|whiten|statistics",
-        "accepts",
-        "options that a mode leaves unused",
-    ),
-    ("statistics", "accepts|has no attribute|RuntimeError|TypeError", "fields of statistics"),
-    ("coefficients|head_weights|weights", "not supported between|does not name", "odd members"),
-    (".*", "Overflow|overflow|too big|too large|found type 'int'", "numbers beyond the machine's"),
-    (".*", "expected device|meta tensor|on meta|is on ", "another device where it is not checked"),
-    ("correction|fill", "bool", "booleans as numbers"),
-]
-
-
-def known(made: Input, said: str) -> bool:
-    """Whether a violation is one of `KNOWN`, or of a tensor that is no plain one."""
-    if any(
-        re.search(r"\b(sparse|csr|nested|quantized)\b|float8", w.what) for w in made.wrong.values()
-    ):
-        return True
-    return any(
-        re.fullmatch(names, name) and re.search(pattern, said)
-        for name in made.wrong
-        for names, pattern, _ in KNOWN
-    )
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -666,12 +627,10 @@ def signature(name: str, seed: int, said: str) -> tuple[str, ...]:
 
 
 def report(found: list[list[Any]]) -> int:
-    kinds = ("returned", "refused", "known", "violation")
+    kinds = ("returned", "refused", "violation")
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     groups: dict[tuple[str, ...], list[tuple[str, int, str]]] = collections.defaultdict(list)
     for name, seed, kind, said in found:
-        if kind == "violation" and known(make_input(name, seed), said):
-            kind = "known"
         counts[name][kind] += 1
         if kind == "violation":
             groups[signature(name, seed, said)].append((name, seed, said))
@@ -757,8 +716,6 @@ def test_a_corrupted_argument_is_refused_clearly_or_served(
     name, target = pair
     made = make_input(name, seed, (target,))
     outcome = judge(name, made.arguments, made.wrong, law_of(CALLS[name], made.arguments))
-    if outcome.kind == "violation" and known(made, outcome.said):
-        return
     assert outcome.kind != "violation", complain(name, seed, (target,), outcome)
 
 
@@ -766,8 +723,6 @@ def test_a_corrupted_argument_is_refused_clearly_or_served(
 @given(st.sampled_from(sorted(CALLS)), SEEDS)
 def test_two_corrupted_arguments_are_refused_clearly_or_served(name: str, seed: int) -> None:
     outcome = run_input(name, seed)
-    if outcome.kind == "violation" and known(make_input(name, seed), outcome.said):
-        return
     assert outcome.kind != "violation", complain(name, seed, None, outcome)
 
 
@@ -844,7 +799,7 @@ def test_a_child_that_crashes_or_hangs_is_reported(
     assert (found is None) if said is None else (found is not None and said in found)
 
 
-# ---------------------------------------------------------------- what is known to be wrong
+# ---------------------------------------------------------------- what the fuzz has found
 
 F, T = torch.ones(1, 2, 1), torch.ones(1, 2)
 ONCE, BOTH = F.bool(), T.bool()
@@ -890,7 +845,6 @@ REPRODUCTIONS: list[tuple[str, Callable[[], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="found by the fuzz; see KNOWN")
 @pytest.mark.parametrize(("call", "name"), [pytest.param(c, n, id=i) for i, c, n in REPRODUCTIONS])
 def test_what_the_fuzz_found_is_refused_clearly(call: Callable[[], Any], name: str) -> None:
     said = ""

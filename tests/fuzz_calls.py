@@ -365,6 +365,8 @@ def _judge_members(value: Any, arguments: Arguments, sizes: dict[str, int]) -> V
         x: Any = item
         if not isinstance(x, Tensor) or x.dtype not in DTYPES["float"]:
             return False
+        if x.is_nested or x.layout != torch.strided:
+            return False
         if x.shape != shape or x.device != arguments["valid"].device:
             return False
     return True

@@ -682,6 +682,7 @@ def _sized_rule(arguments: Arguments) -> Verdict:
     same = arguments["hidden"].shape[-1] == arguments["dim"]
     dtype = arguments["dtype"] or torch.float32
     plain = arguments["device"] in (None, "cpu") and arguments["hidden"].dtype == dtype
+    plain = plain and not arguments["hidden"].is_meta
     return False if not same else True if plain else None
 
 

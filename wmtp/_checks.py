@@ -73,7 +73,7 @@ def is_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must fit into 64 bits, got an int of {value.bit_length()} bits")
 
 
-def whole(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """Require an int in an interval; ``True`` is none, although Python says so."""
     if isinstance(value, bool) or not isinstance(value, _INTS):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")

@@ -90,8 +90,8 @@ class MTPHeads(nn.Module):
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
         _checks.same_device(hidden=hidden, parameters=self.inner)
         wide = torch.promote_types(hidden.dtype, self.inner.dtype)
-        cast = torch.is_autocast_enabled(hidden.device.type) and wide != torch.float64
-        if wide != self.inner.dtype and not cast:
+        # What is narrower is widened; what is wider only autocast narrows, and no float64.
+        if wide != self.inner.dtype and (wide == torch.float64 or not _autocast(hidden)):
             _checks.same_dtype(
                 "cast them to one dtype or call under torch.autocast",
                 hidden=hidden,
@@ -104,6 +104,12 @@ class MTPHeads(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, hidden_dim={self.hidden_dim}"
+
+
+def _autocast(like: Tensor) -> bool:
+    """Whether products on this device are cast; some devices do not know the question."""
+    kind = like.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class ValueHead(nn.Module):

@@ -125,6 +125,11 @@ def tensor(make: Callable[[World], Any], dtype: str, *axes: str, optional: bool 
     return Law(make, axes, dtype, optional)
 
 
+def beyond(*values: Any) -> bool:
+    """Whether there is an int among them that torch cannot take."""
+    return any(isinstance(x, int) and not -(2**63) <= x < 2**63 for x in values)
+
+
 def number(
     make: Callable[[World], Any],
     low: float = -math.inf,
@@ -146,7 +151,9 @@ def number(
             return None
         if not isinstance(value, int if whole else (int, float)):
             return False
-        if value != value:  # NaN; an int may be too large for `math.isnan`
+        if beyond(value):
+            return False
+        if value != value:
             return None if low == -math.inf else False
         if low == -math.inf and abs(value) > 1e6:
             return None
@@ -219,6 +226,8 @@ def _judge_clip(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verd
     if not isinstance(value, tuple) or len(value) != 2:
         return False
     if not all(isinstance(x, (int, float)) for x in value):
+        return False
+    if beyond(*value):
         return False
     if any(isinstance(x, bool) or x == math.inf for x in value):
         return None
@@ -302,6 +311,8 @@ def _judge_head_weights(value: Any, arguments: Arguments, sizes: dict[str, int])
         return None
     if not all(0 <= x < math.inf for x in value) or len(value) != sizes.get("h", len(value)):
         return False
+    if beyond(*value):
+        return False
     return None if any(x > 1e30 for x in value) else True
 
 
@@ -310,7 +321,7 @@ def _judge_normalizer(value: Any, arguments: Arguments, sizes: dict[str, int]) -
         return value in ("weights", "tokens")
     if isinstance(value, bool):
         return None
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf or beyond(value):
         return False
     return None if value > 1e30 or 0 < value < 1e-30 else True
 
@@ -354,6 +365,8 @@ def _judge_members(value: Any, arguments: Arguments, sizes: dict[str, int]) -> V
         x: Any = item
         if not isinstance(x, Tensor) or x.dtype not in DTYPES["float"]:
             return False
+        if x.is_nested or x.layout != torch.strided:
+            return False
         if x.shape != shape or x.device != arguments["valid"].device:
             return False
     return True
@@ -374,6 +387,7 @@ def _judge_coefficients(value: Any, arguments: Arguments, sizes: dict[str, int])
     except TypeError:
         return False
     good = all(0 <= x < math.inf for x in value) and any(x > 0 for x in value)
+    good = good and not beyond(*value)
     return good and (True if all(x == 0 or 1e-30 < x < 1e30 for x in value) else None)
 
 
@@ -621,6 +635,11 @@ def _dtypes_rule(arguments: Arguments) -> Verdict:
     return len(kinds) == 1
 
 
+def _heads_rule(arguments: Arguments) -> Verdict:
+    """Whether no head at all is an empty result or a mistake is for the function to say."""
+    return None if arguments["token_ce"].shape[2] == 0 else True
+
+
 def _vocab_rule(arguments: Arguments) -> Verdict:
     """Nothing can be predicted out of an empty vocabulary or by no head."""
     x = arguments["logits"] if "logits" in arguments else arguments["unembedding"]
@@ -663,6 +682,7 @@ def _sized_rule(arguments: Arguments) -> Verdict:
     same = arguments["hidden"].shape[-1] == arguments["dim"]
     dtype = arguments["dtype"] or torch.float32
     plain = arguments["device"] in (None, "cpu") and arguments["hidden"].dtype == dtype
+    plain = plain and not arguments["hidden"].is_meta
     return False if not same else True if plain else None
 
 
@@ -708,7 +728,7 @@ CALLS: dict[str, Call] = {
         {"token_ce": CE, "offsets": MAYBE_OFFSETS,
          "reference_nll": tensor(lambda w: w.positive(w.random.choice(("b s", "b s h"))),
                                  "float", "b s", "b s h")},
-        like("token_ce"),
+        like("token_ce"), rules=(_heads_rule,),
     ),
     "td_deltas": Call(
         wmtp.td_deltas,
@@ -773,7 +793,7 @@ CALLS: dict[str, Call] = {
                                  "float", "b s", "b s h"),
          "keep": KEEP, "mode": choice("top_k", "softmax"), "temperature": WARM,
          "offsets": MAYBE_OFFSETS, **SCORE_OPTIONS},
-        like("valid"), finite=True,
+        like("valid"), finite=True, rules=(_heads_rule,),
     ),
     "critic_delta_weights": Call(
         wmtp.critic_delta_weights,

@@ -27,8 +27,8 @@ PACKAGE = Path(wmtp.__file__).parent
 
 # A module may import those above it and nothing else of the package.
 ORDER = [
-    "_typing",
     "_checks",
+    "_typing",
     "documents",
     "targets",
     "cross_entropy",

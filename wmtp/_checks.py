@@ -15,6 +15,9 @@ from torch import Tensor
 
 
 _DTENSOR_MODULE = "torch.distributed.tensor"
+# A traced number may be symbolic.
+_INTS = (int, torch.SymInt)
+_NUMBERS = (float, torch.SymFloat, *_INTS)
 
 
 class LabelRangeError(ValueError, IndexError):
@@ -51,6 +54,7 @@ def in_range(
     open_high: bool = False,
 ) -> None:
     """Require a Python number in an interval; NaN is in none."""
+    is_number(name, value)
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):
@@ -58,9 +62,41 @@ def in_range(
         raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value}")
 
 
+def is_number(name: str, value: object) -> None:
+    """Require a Python number, and of a whole one that torch can take it: 64 bits."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    # A traced int would be guarded, and a huge one fails in tracing.
+    if torch.compiler.is_compiling() or not isinstance(value, int):
+        return
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got an int of {value.bit_length()} bits")
+
+
+def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Require an int in an interval; ``True`` is none, although Python says so."""
+    if isinstance(value, bool) or not isinstance(value, _INTS):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    in_range(name, value, low, high)
+
+
+def fits(name: str, value: float, dtype: torch.dtype) -> None:
+    """Require a number that a dtype holds; what is infinite or NaN is left to the float dtypes."""
+    is_number(name, value)
+    if dtype.is_complex or dtype == torch.bool:
+        return
+    if dtype.is_floating_point:
+        limits = torch.finfo(dtype)
+        if value != value or abs(value) == math.inf:
+            return
+    else:
+        limits = torch.iinfo(dtype)
+    in_range(name, value, limits.min, limits.max)
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of the documented strings."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -80,12 +116,64 @@ def same_dtype(hint: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"dtypes must agree, got {dtypes}; {hint}")
 
 
+def process_group(group: object) -> None:
+    """Require a process group or none, also where nothing is asked of the other ranks."""
+    if group is None:
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+        )
+
+
+def float_tensor(name: str, value: object) -> None:
+    """Require a tensor of floats where annotations do not reach, as in a sequence."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    ordinary(**{name: value})
+
+
+def placement(device: object, dtype: object) -> None:
+    """Require a device and a dtype that parameters can be made with."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    given: Any = device
+    try:
+        torch.empty(0, device=given)
+    except TypeError as error:
+        raise TypeError(
+            f"device must be a torch.device, its name or None, got {device!r}"
+        ) from error
+    except (RuntimeError, AssertionError, OverflowError, ValueError) as error:
+        raise ValueError(
+            f"device must be one of this machine's, got {device!r}: {error}"
+        ) from error
+
+
+def ordinary(**tensors: Tensor | None) -> None:
+    """Refuse what has no plain rows of numbers: sparse, nested, quantized, or floats of 8 bits."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
+        if tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+            raise TypeError(f"{name} must be of a dtype to compute in, got {tensor.dtype}; cast it")
+
+
 def plain_tensors(**tensors: Tensor | None) -> None:
-    """Refuse a sharded tensor (a ``DTensor``): its softmax would run over one rank's share.
+    """Refuse what is not ``ordinary``, and a sharded tensor (a ``DTensor``).
+
+    The softmax of a sharded one would run over one rank's share.
 
     Asks ``sys.modules``, because importing the class would cost everybody what few need; a
     ``DTensor`` cannot exist before its module does, and Dynamo can trace this.
     """
+    ordinary(**tensors)
     if _DTENSOR_MODULE not in sys.modules:
         return
     kind = sys.modules[_DTENSOR_MODULE].DTensor

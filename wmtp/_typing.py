@@ -9,13 +9,16 @@ environment turns the checks off.
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from jaxtyping import config
+from jaxtyping import TypeCheckError, config
 from torch import Tensor
+
+from wmtp import _checks
 
 
 _P = ParamSpec("_P")
@@ -72,13 +75,31 @@ def _checker_of(function: Callable[_P, _R]) -> Callable[_P, _R]:
     from jaxtyping import jaxtyped  # pyright: ignore[reportUnknownVariableType]
 
     # The numeric tower lets a caller write `gamma=1` where a float is annotated.
-    return jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
+    checker = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
+    names = tuple(inspect.signature(function).parameters)
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        # Annotations say nothing of layouts, and a nested tensor has no shape to look at.
+        _checks.ordinary(**{name: x for name, x in given.items() if isinstance(x, Tensor)})
+        try:
+            return checker(*args, **kwargs)
+        except TypeCheckError as error:
+            # One member of a sequence is looked at, drawn at random, so that the blame can be
+            # missed; the function's own checks look at all of them.
+            if "typechecking parameter" not in str(error):
+                function(*args, **kwargs)
+            raise
+
+    return call
 
 
 def _kind(x: object) -> Hashable:
-    """All that an annotation can look at."""
+    """All that a check of types can look at."""
     if isinstance(x, Tensor):
-        return type(x), x.shape, x.dtype
+        if x.is_nested:
+            raise TypeError
+        return type(x), x.shape, x.dtype, x.layout
     if isinstance(x, str):
         return x
     if isinstance(x, tuple | list):

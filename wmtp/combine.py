@@ -61,8 +61,7 @@ def combine_weights(
     if len(weights) == 0:
         raise ValueError("weights must hold at least one tensor, got none")
     for i, member in enumerate(weights):
-        if not member.is_floating_point():
-            raise TypeError(f"weights[{i}] must be floating point, got {member.dtype}")
+        _checks.float_tensor(f"weights[{i}]", member)
         check_weight_shapes(f"weights[{i}]", member, valid)
     shares = _check_coefficients(coefficients, len(weights), mode)
     if mode == "intersection":

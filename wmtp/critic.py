@@ -61,6 +61,7 @@ def lambda_returns(
     _checks.in_range("gamma", gamma, 0.0, 1.0)
     _checks.in_range("lam", lam, 0.0, 1.0)
     _checks.same_shape("rewards", rewards, "values", values)
+    _checks.same_device(values=values, rewards=rewards)
     tracks = find_trajectories(values, valid, segment_ids, attention_mask)
     ahead = next_trained(wide(values.detach()), tracks)
     earned = torch.where(tracks.trained, wide(rewards.detach()), 0)
@@ -106,6 +107,7 @@ def value_loss(
     _checks.rank_in("values", values, (2,), "[batch seq]")
     _checks.same_shape("targets", targets, "values", values)
     _checks.same_shape("valid", valid, "values", values)
+    _checks.same_device(values=values, targets=targets, valid=valid)
     _checks.one_of("kind", kind, ("mse", "huber", "bce"))
     _checks.in_range("delta", delta, 0.0, open_low=True, open_high=True)
     # Masked on both sides of the risky operation: see `predict`.
@@ -170,6 +172,12 @@ def pairwise_ranking_loss(
             f"chosen_values and rejected_values must hold the same number of pairs, "
             f"got {len(chosen_values)} and {len(rejected_values)}"
         )
+    _checks.same_device(
+        chosen_values=chosen_values,
+        rejected_values=rejected_values,
+        chosen_valid=chosen_valid,
+        rejected_valid=rejected_valid,
+    )
     _checks.one_of("pool", pool, ("last", "mean"))
     _checks.in_range("margin", margin, -torch.inf, torch.inf, open_low=True, open_high=True)
     chosen, chosen_any = _pool(chosen_values, chosen_valid, pool)

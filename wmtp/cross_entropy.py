@@ -233,6 +233,8 @@ def with_heads(name: str, tensor: Tensor, last: str) -> Tensor:
         raise ValueError(
             f"{name} must have at least one entry on its last axis ({last}), got {list(tensor.shape)}"
         )
+    if tensor.dim() == 4 and tensor.shape[2] == 0:
+        raise ValueError(f"{name} must have at least one head, got {list(tensor.shape)}")
     return tensor if tensor.dim() == 4 else rearrange(tensor, "batch seq last -> batch seq 1 last")
 
 

@@ -164,6 +164,8 @@ def linear_problem(
 ) -> tuple[Problem, Bool[Tensor, "batch seq heads"]]:
     """Checked arguments as rows of one problem, and which predictions have a target."""
     _checks.plain_tensors(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
+    if slab_bytes is not None:
+        _checks.whole("slab_bytes", slab_bytes)
     hidden = with_heads("hidden", hidden, "dim")
     _checks.rank_in("unembedding", unembedding, (2,), "[vocab dim], gathered if sharded")
     batch, seq, heads, dim = hidden.shape

@@ -9,7 +9,6 @@
 The dense losses take logits, the linear ones hidden states and the unembedding; they share all else.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -441,6 +440,7 @@ def _call_weights(function: WeightFunction, found: Predictions) -> Tensor:
     if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
     _checks.shape_is("the weights function's result", made, found.valid.shape, "batch seq heads")
+    _checks.same_device(predictions=found.valid, weights=made)
     return made
 
 
@@ -462,10 +462,12 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
     """A caller's denominator as a 0-d tensor."""
     if isinstance(normalizer, Tensor):
         _checks.shape_is("normalizer", normalizer, (), "")
+        if normalizer.device.type != "cpu":  # from there a number goes anywhere, as in torch
+            _checks.same_device(normalizer=normalizer, predictions=like)
         return normalizer.detach().to(like)
     if isinstance(normalizer, str):
         raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
-    _checks.in_range("normalizer", normalizer, 0.0, math.inf, open_high=True)
+    _checks.in_range("normalizer", normalizer, 0.0, torch.finfo(like.dtype).max)
     return like.new_full((), normalizer)
 
 
@@ -473,13 +475,18 @@ def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
     heads = like.shape[2]
     if head_weights is None:
         return like.new_full((heads,), 1 / heads)
-    if not isinstance(head_weights, Tensor):
-        for weight in head_weights:
-            _checks.in_range("head_weights", weight, 0.0, open_high=True)
-        # Filled on the device: a tensor made from a list would be copied there, and waited for.
-        head_weights = torch.stack([like.new_full((), weight) for weight in head_weights])
-    _checks.shape_is("head_weights", head_weights, (heads,), "heads")
-    return head_weights.to(like)
+    if isinstance(head_weights, Tensor):
+        _checks.shape_is("head_weights", head_weights, (heads,), "heads")
+        _checks.same_device(head_weights=head_weights, predictions=like)
+        return head_weights.to(like)
+    if len(head_weights) != heads:
+        raise ValueError(
+            f"head_weights must be one for each of the {heads} heads, got {len(head_weights)}"
+        )
+    for weight in head_weights:
+        _checks.in_range("head_weights", weight, 0.0, torch.finfo(like.dtype).max)
+    # Filled on the device: a tensor made from a list would be copied there, and waited for.
+    return torch.stack([like.new_full((), weight) for weight in head_weights])
 
 
 def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:

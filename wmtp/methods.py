@@ -14,11 +14,18 @@ from torch import Tensor
 from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import wide
-from wmtp.normalize import Clip, check_weight_shapes, normalize_weights
+from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
 from wmtp.scores import InitialValue, excess_loss, gae, group_advantages
 from wmtp.targets import Offsets
-from wmtp.weights import exp_weights, softmax_weights, top_k_weights
+from wmtp.weights import (
+    check_share,
+    check_temperature,
+    check_whitening,
+    exp_weights,
+    softmax_weights,
+    top_k_weights,
+)
 from wmtp.whitening import WhiteningStatistics
 
 
@@ -77,6 +84,8 @@ def rho1_weights(
     Source: Rho-1, arXiv:2404.07965, equations 3 to 5.
     """
     _checks.one_of("mode", mode, ("top_k", "softmax"))
+    check_share("keep", keep)
+    check_temperature("temperature", temperature)
     scores = excess_loss(token_ce.detach(), reference_nll.detach(), offsets=offsets)
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
@@ -147,6 +156,11 @@ def critic_delta_weights(
     "Reinforcement Learning", 2nd edition, equation 6.5.
     """
     _checks.one_of("mode", mode, ("exp", "softmax", "top_k"))
+    check_share("keep", keep)
+    check_temperature("temperature", temperature)
+    check_temperature("beta", beta)
+    check_bounds(clip)
+    check_whitening(whiten, statistics, values)
     scores = gae(
         values.detach(),
         valid,
@@ -373,6 +387,7 @@ def group_relative_weights(
     """
     _checks.rank_in("valid", valid, (2, 3), "[batch seq] or [batch seq heads]")
     _checks.shape_is("rewards", rewards, valid.shape[:1], "batch")
+    _checks.same_device(rewards=rewards, valid=valid)
     advantages = group_advantages(rewards.detach(), group_ids)
     scores = advantages.reshape(-1, *[1] * (valid.dim() - 1)).expand(valid.shape)
     return exp_weights(scores, valid, beta=beta, clip=clip, whiten=False, group=group)

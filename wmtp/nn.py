@@ -18,7 +18,11 @@ from wmtp.loss import (
     linear_weighted_mtp_loss,
     weighted_mtp_loss,
 )
-from wmtp.targets import IGNORE_INDEX, Offsets, resolve_offsets
+from wmtp.targets import IGNORE_INDEX, MOST_HEADS, Offsets, resolve_offsets
+
+
+# Wider hidden states are a mistake in the arguments.
+_WIDEST = 2**24
 
 
 class MTPHeads(nn.Module):
@@ -60,10 +64,11 @@ class MTPHeads(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.in_range("dim", dim, 1)
-        _checks.in_range("heads", heads, 1)
+        _checks.whole("dim", dim, 1, _WIDEST)
+        _checks.whole("heads", heads, 1, MOST_HEADS)
         width = dim if hidden_dim is None else hidden_dim
-        _checks.in_range("hidden_dim", width, 1)
+        _checks.whole("hidden_dim", width, 1, _WIDEST)
+        _checks.placement(device, dtype)
         self.dim, self.heads, self.hidden_dim = dim, heads, width
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.RMSNorm(dim, **factory)
@@ -83,6 +88,15 @@ class MTPHeads(nn.Module):
     ) -> Float[Tensor, "batch seq heads dim"]:
         """``[batch seq dim] -> [batch seq heads dim]``."""
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
+        _checks.same_device(hidden=hidden, parameters=self.inner)
+        wide = torch.promote_types(hidden.dtype, self.inner.dtype)
+        # What is narrower is widened; what is wider only autocast narrows, and no float64.
+        if wide != self.inner.dtype and (wide == torch.float64 or not _autocast(hidden)):
+            _checks.same_dtype(
+                "cast them to one dtype or call under torch.autocast",
+                hidden=hidden,
+                parameters=self.inner,
+            )
         inside = einsum(self.norm(hidden), self.inner, "b t d, h w d -> b t h w")
         change = einsum(F.silu(inside), self.outer, "b t h w, h d w -> b t h d")
         trunk = rearrange(hidden, "b t d -> b t 1 d")
@@ -90,6 +104,12 @@ class MTPHeads(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, hidden_dim={self.hidden_dim}"
+
+
+def _autocast(like: Tensor) -> bool:
+    """Whether products on this device are cast; some devices do not know the question."""
+    kind = like.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class ValueHead(nn.Module):
@@ -125,7 +145,8 @@ class ValueHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.in_range("dim", dim, 1)
+        _checks.whole("dim", dim, 1, _WIDEST)
+        _checks.placement(device, dtype)
         self.dim = dim
         self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
@@ -134,6 +155,7 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq"]:
         """``[batch seq dim] -> [batch seq]``, float32 or wider."""
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
+        _checks.same_device(hidden=hidden, parameters=self.weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # Elementwise, because autocast would take a matrix product back to bfloat16.
         return (hidden.to(dtype) * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
@@ -182,6 +204,7 @@ class WeightedMTPLoss(nn.Module):
         Objective(label_smoothing, z_loss, softcap).checked()
         if offsets is not None:
             resolve_offsets(offsets)
+        _checks.whole("ignore_index", ignore_index)
         self.options: dict[str, Any] = {
             "offsets": offsets,
             "head_weights": head_weights,
@@ -226,6 +249,8 @@ class LinearWeightedMTPLoss(WeightedMTPLoss):
 
     def __init__(self, *, slab_bytes: int | None = None, **options: Any) -> None:
         super().__init__(**options)
+        if slab_bytes is not None:
+            _checks.whole("slab_bytes", slab_bytes, 1)
         self.options["slab_bytes"] = slab_bytes
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

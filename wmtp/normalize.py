@@ -69,10 +69,16 @@ def normalize_weights(
     check_weight_shapes("weights", weights, valid)
     _checks.one_of("mode", mode, ("mean_one", "none"))
     _checks.one_of("on_zero", on_zero, ("uniform", "zero"))
-    _check_bounds(clip, min_ess, mode)
+    check_bounds(clip)
+    if min_ess is not None:
+        _checks.in_range("min_ess", min_ess, 0.0, 1.0, open_low=True)
+        if mode == "none":
+            raise ValueError("min_ess needs mode='mean_one', got mode='none'")
     scoped = Scoped(weights, scope, group)
     inside = scoped.split(valid)
     raw = wide(scoped.split(weights.detach()))
+    if clip is not None and clip[1] > torch.finfo(raw.dtype).max:
+        clip = clip[0], math.inf  # torch refuses a bound that the dtype cannot hold
     raw = torch.where(inside, raw.nan_to_num(nan=0.0), 0).clamp(min=0)
     if mode == "none":
         bounded = raw if clip is None else raw.clamp(*clip)
@@ -101,15 +107,15 @@ def check_weight_shapes(name: str, tensor: Tensor, valid: Tensor) -> None:
     _checks.same_device(**{name: tensor, "valid": valid})
 
 
-def _check_bounds(clip: Clip, min_ess: float | None, mode: str) -> None:
-    if clip is not None:
-        low, high = clip
-        if math.isnan(low) or math.isnan(high) or not 0 <= low <= 1 <= high:
-            raise ValueError(f"clip must be (lo, hi) with 0 <= lo <= 1 <= hi, got {clip}")
-    if min_ess is not None:
-        _checks.in_range("min_ess", min_ess, 0.0, 1.0, open_low=True)
-        if mode == "none":
-            raise ValueError("min_ess needs mode='mean_one', got mode='none'")
+def check_bounds(clip: Clip) -> None:
+    """Require bounds that a mean of one can keep."""
+    if clip is None:
+        return
+    low, high = clip
+    _checks.is_number("clip", low)
+    _checks.is_number("clip", high)
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(f"clip must be (lo, hi) with 0 <= lo <= 1 <= hi, got {clip}")
 
 
 def _project(

@@ -37,6 +37,7 @@ class Scoped:
 
     def __init__(self, like: Tensor, scope: str, group: ProcessGroup | None) -> None:
         _checks.one_of("scope", scope, ("sequence", "batch", "all"))
+        _checks.process_group(group)
         self._sizes = dict(zip("bth", like.shape, strict=False))
         self._pattern = _TO_GROUPS[scope, like.dim()]
         # A row is never split over ranks, so there is nothing to ask them.

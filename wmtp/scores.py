@@ -58,9 +58,9 @@ def excess_loss(
     _checks.rank_in("token_ce", token_ce, (3,), "[batch seq heads]")
     _checks.rank_in("reference_nll", reference_nll, (2, 3), "[batch seq] or [batch seq heads]")
     _checks.same_device(token_ce=token_ce, reference_nll=reference_nll)
+    steps = offsets_for(offsets, token_ce.shape[2], "token_ce")
     if reference_nll.dim() == 2:
         _checks.shape_is("reference_nll", reference_nll, token_ce.shape[:2], "batch seq")
-        steps = offsets_for(offsets, token_ce.shape[2], "token_ce")
         reference_nll = align_to_heads(reference_nll, steps)
     _checks.same_shape("reference_nll", reference_nll, "token_ce", token_ce)
     return wide(token_ce) - wide(reference_nll)
@@ -205,8 +205,7 @@ def group_advantages(
     _checks.same_shape("group_ids", group_ids, "rewards", rewards)
     _checks.same_device(rewards=rewards, group_ids=group_ids)
     _checks.in_range("eps", eps, 0.0, open_high=True)
-    if correction not in (0, 1):
-        raise ValueError(f"correction must be 0 or 1, got {correction}")
+    _checks.whole("correction", correction, 0, 1)
     rewards = wide(rewards)
     # Pairwise instead of by group number: no host needs to know how many groups there are.
     same = group_ids[:, None] == group_ids[None, :]
@@ -342,6 +341,8 @@ def _deltas(
 ) -> Tensor:
     _checks.in_range("gamma", gamma, 0.0, 1.0)
     values = wide(values)
+    if initial_value != "first":
+        _checks.fits("initial_value", initial_value, values.dtype)
     first = tracks.trained & ~tracks.continues
     following = tracks.trained & tracks.continues
     before = torch.where(following, shift_right(values), 0)
@@ -351,6 +352,7 @@ def _deltas(
     earned = torch.zeros_like(after)
     if rewards is not None:
         _checks.same_shape("rewards", rewards, "values", values)
+        _checks.same_device(values=values, rewards=rewards)
         after = torch.where(tracks.last, 0, after)
         earned = torch.where(tracks.trained, wide(rewards), 0)
     deltas = earned + gamma * after - before

@@ -21,6 +21,8 @@ from wmtp.documents import find_documents
 
 IGNORE_INDEX = -100
 Offsets = int | Sequence[int]
+# No head looks further: what is larger is a mistake, and takes memory of its size.
+MOST_HEADS = 2**16
 
 
 @typed
@@ -55,6 +57,8 @@ def align_to_heads(
     """
     _checks.rank_in("per_token", per_token, (2,), "[batch seq]")
     steps = resolve_offsets(offsets)
+    if fill != 0:
+        _checks.fits("fill", fill, per_token.dtype)
     seq = per_token.shape[1]
     padded = F.pad(per_token, (0, steps[-1]), value=fill)
     return torch.stack([padded[:, step : step + seq] for step in steps], dim=-1)
@@ -112,7 +116,8 @@ def mtp_targets(
     Source: arXiv:2404.19737, equation 2; packing as in "padding-free" collators.
     """
     _checks.rank_in("labels", labels, (2,), "[batch seq]")
-    targets = align_to_heads(labels, offsets, fill=ignore_index)
+    _checks.whole("ignore_index", ignore_index)
+    targets = align_to_heads(labels, offsets)
     documents = find_documents(
         labels,
         attention_mask=attention_mask,
@@ -135,12 +140,15 @@ def resolve_offsets(offsets: Offsets) -> tuple[int, ...]:
     if isinstance(offsets, bool):
         raise TypeError("offsets must be an int or a sequence of ints, got a bool")
     if isinstance(offsets, int):
-        if offsets < 1:
-            raise ValueError(
-                f"offsets given as a number of heads must be at least 1, got {offsets}"
-            )
+        _checks.in_range("offsets given as a number of heads", offsets, 1, MOST_HEADS)
         return tuple(range(1, offsets + 1))
-    steps = tuple(offsets)
+    given: object = offsets
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise TypeError(
+            f"offsets must be an int or a sequence of ints, got {type(offsets).__name__}"
+        )
+    steps = tuple(offsets[: MOST_HEADS + 1])  # `len` fails for a wild range
+    _checks.in_range("the number of offsets", len(steps), 0, MOST_HEADS)
     if any(type(step) is not int for step in steps):
         raise TypeError(f"offsets must be ints, got {list(steps)}")
     if not steps or steps[0] < 0 or any(b <= a for a, b in pairwise(steps)):
@@ -148,11 +156,14 @@ def resolve_offsets(offsets: Offsets) -> tuple[int, ...]:
             "offsets must be non-empty, non-negative and strictly increasing, such as (1, 2, 3), "
             f"got {list(steps)}"
         )
+    _checks.in_range("offsets", steps[-1], 0, MOST_HEADS)
     return steps
 
 
 def offsets_for(offsets: Offsets | None, heads: int, source: str) -> tuple[int, ...]:
     """Offsets of a tensor that has ``heads`` heads; ``1, …, heads`` by default."""
+    if heads == 0:
+        raise ValueError(f"{source} must have at least one head, got 0")
     steps = resolve_offsets(heads if offsets is None else offsets)
     if len(steps) != heads:
         raise ValueError(
@@ -166,6 +177,7 @@ def resolve_targets(
 ) -> tuple[Int64[Tensor, "batch seq heads"], Bool[Tensor, "batch seq heads"]]:
     """Targets, and whether each is one, from labels in either of the two accepted shapes."""
     steps = offsets_for(offsets, heads, "the predictions")
+    _checks.whole("ignore_index", ignore_index)
     _checks.rank_in("labels", labels, (2, 3), "[batch seq] or [batch seq heads]")
     if labels.dim() == 2:
         _checks.shape_is("labels", labels, (batch, seq), "batch seq")

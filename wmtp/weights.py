@@ -15,10 +15,10 @@ from torch import Tensor
 from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import wide
-from wmtp.normalize import Clip, check_weight_shapes, normalize_weights
+from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope, Scoped
 from wmtp.selection import select_top
-from wmtp.whitening import WhiteningStatistics, batch_statistics
+from wmtp.whitening import WhiteningStatistics, batch_statistics, check_statistics
 
 
 # Below this a temperature is 0 in float32.
@@ -59,7 +59,7 @@ def softmax_weights(
     Source: V-MPO, arXiv:1909.12238, equation 4.
     """
     check_weight_shapes("scores", scores, valid)
-    _checks.in_range("temperature", temperature, _COLDEST, open_high=True)
+    check_temperature("temperature", temperature)
     raw = _exponential(scores, valid, temperature, Scoped(scores, scope, group))
     return normalize_weights(raw, valid, scope=scope, group=group)
 
@@ -103,7 +103,7 @@ def top_k_weights(
     Source: Rho-1, arXiv:2404.07965, equation 5.
     """
     check_weight_shapes("scores", scores, valid)
-    _checks.in_range("keep", keep, 0.0, 1.0, open_low=True)
+    check_share("keep", keep)
     scoped = Scoped(scores, scope, group)
     ranked = wide(scoped.split(scores.detach()))
     chosen = scoped.join(select_top(ranked, scoped.split(valid), keep, scoped))
@@ -156,13 +156,13 @@ def exp_weights(
     Source: AWR, arXiv:1910.00177, equation 7.
     """
     check_weight_shapes("scores", scores, valid)
-    _checks.in_range("beta", beta, _COLDEST, open_high=True)
+    check_temperature("beta", beta)
+    check_bounds(clip)
+    check_whitening(whiten, statistics, scores)
     scaled = wide(scores.detach())
     if whiten:
         found = batch_statistics(scores, valid, group)
         if statistics is not None:
-            for name, field in statistics._asdict().items():
-                _checks.same_shape(f"statistics.{name}", field, "the scores' heads", found.mean)
             # Nothing seen yet, or nothing that differs: no scale to whiten with.
             fresh = statistics.m2 <= 0
             found = WhiteningStatistics(
@@ -173,8 +173,6 @@ def exp_weights(
         flat = spread <= torch.finfo(spread.dtype).eps * found.mean.abs()
         whitened = (scaled - found.mean) / torch.where(flat, 1, spread)
         scaled = torch.where(flat & whitened.isfinite(), 0, whitened)
-    elif statistics is not None:
-        raise ValueError("statistics are for whitening, got statistics with whiten=False")
     raw = _exponential(scaled, valid, beta, Scoped(scores, scope, group))
     return normalize_weights(raw, valid, clip=clip, scope=scope, group=group)
 
@@ -269,10 +267,29 @@ def span_weights(
             raise ValueError(
                 f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
             )
+    _checks.same_device(span_ids=span_ids, span_values=span_values)
     inside = wide(span_values).detach()
+    _checks.fits("outside", outside, inside.dtype)
     table = torch.cat([inside, inside.new_full((1,), outside)])
     index = torch.where(valid & (span_ids >= 0), span_ids.long(), count)
     return normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Require a temperature that float32 can divide by."""
+    _checks.in_range(name, value, _COLDEST, open_high=True)
+
+
+def check_share(name: str, value: float) -> None:
+    """Require a share of which something is left."""
+    _checks.in_range(name, value, 0.0, 1.0, open_low=True)
+
+
+def check_whitening(whiten: bool, statistics: WhiteningStatistics | None, scores: Tensor) -> None:
+    """Require statistics only where something is whitened, and such as fit the scores."""
+    if statistics is not None and not whiten:
+        raise ValueError("statistics are for whitening, got statistics with whiten=False")
+    check_statistics(statistics, scores)
 
 
 def _exponential(scores: Tensor, valid: Tensor, temperature: float, scoped: Scoped) -> Tensor:

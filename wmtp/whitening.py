@@ -70,11 +70,10 @@ def update_statistics(
     """
     check_weight_shapes("scores", scores, valid)
     _checks.in_range("decay", decay, 0.0, 1.0)
+    check_statistics(statistics, scores)
     new = batch_statistics(scores, valid, group)
     if statistics is None:
         return new
-    for name, field in statistics._asdict().items():
-        _checks.same_shape(f"statistics.{name}", field, "the scores' heads", new.mean)
     old_count = decay * statistics.count
     count = old_count + new.count
     share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)
@@ -84,6 +83,18 @@ def update_statistics(
         mean=statistics.mean + share * step,
         m2=decay * statistics.m2 + new.m2 + step.square() * old_count * share,
     )
+
+
+def check_statistics(statistics: WhiteningStatistics | None, scores: Tensor) -> None:
+    """Require statistics of as many heads as the scores have."""
+    if statistics is None:
+        return
+    for field, value in statistics._asdict().items():
+        name = f"statistics.{field}"
+        _checks.float_tensor(name, value)
+        heads = scores.shape[2:]
+        _checks.shape_is(name, value, heads, "heads" if heads else "")
+        _checks.same_device(**{name: value, "scores": scores})
 
 
 def batch_statistics(

@@ -395,7 +395,7 @@ class Lines(torch.nn.Module):
     def adam(self):
         optimizer = torch.optim.AdamW(self.parameters())
         used = [layer for name, layer in self.layers.items() if name not in self.idle]
-        sum(layer(torch.ones(3)).sum() for layer in used).backward()
+        torch.stack([layer(torch.ones(3)).sum() for layer in used]).sum().backward()
         optimizer.step()
         return optimizer
 

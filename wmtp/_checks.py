@@ -75,8 +75,9 @@ def is_number(name: str, value: object) -> None:
 
 def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """Require an int in an interval; ``True`` is none, although Python says so."""
-    if isinstance(value, bool) or not isinstance(value, _INTS):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    given: Any = value
+    if isinstance(given, bool) or not isinstance(given, _INTS):
+        raise TypeError(f"{name} must be an int, got {type(given).__name__}: {given!r}")
     in_range(name, value, low, high)
 
 

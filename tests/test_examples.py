@@ -584,6 +584,7 @@ def test_a_truncated_checkpoint_is_refused_and_kept(runs, stopped, capsys):
         (lambda lines: [lines[0], b'{"loss": 2.0}', *lines[2:]], "line 2"),
         (lambda lines: [lines[0], b'{"step": 2, "loss": null}', *lines[2:]], "line 2"),
         (lambda lines: [*lines[:-1], b"PK\x03"], "line 3"),
+        (lambda lines: [b"[" * 100_000, *lines], "line 1"),
         (lambda lines: lines[1:], "1 lines, but the checkpoint was saved after 2"),
         (lambda lines: [], "0 lines, but the checkpoint was saved after 2"),
     ],

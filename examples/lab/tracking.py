@@ -92,7 +92,7 @@ class Tracker:
     def _entry(self, line: bytes, number: int) -> dict[str, float]:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or not {int, float}.issuperset(map(type, entry.values())):
             entry = {}

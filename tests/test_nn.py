@@ -232,6 +232,7 @@ def test_modules_refuse_what_does_not_fit() -> None:
         WeightedMTPLoss(temperature=1.0)  # type: ignore[call-arg]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_run_on_the_meta_device_and_widen_what_is_narrower(dtype: torch.dtype) -> None:
     hidden = torch.ones(1, 2, 4, dtype=dtype)

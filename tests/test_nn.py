@@ -236,6 +236,7 @@ def test_heads_run_on_the_meta_device() -> None:
     assert MTPHeads(4, 2, device="meta")(torch.ones(1, 2, 4, device="meta")).shape == (1, 2, 2, 4)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_hidden_states_of_another_dtype_need_autocast() -> None:
     heads, hidden = MTPHeads(4, 2, dtype=torch.bfloat16), torch.ones(1, 2, 4)
     with pytest.raises(ValueError, match="hidden"):

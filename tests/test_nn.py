@@ -232,16 +232,12 @@ def test_modules_refuse_what_does_not_fit() -> None:
         WeightedMTPLoss(temperature=1.0)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_run_on_the_meta_device_and_widen_what_is_narrower(dtype: torch.dtype) -> None:
-    hidden = torch.ones(1, 2, 4, dtype=dtype)
-    abstract = MTPHeads(4, 2, device="meta")(hidden.to("meta"))
-    real = MTPHeads(4, 2)(hidden)
-    assert abstract.shape == real.shape == (1, 2, 2, 4)
-    assert abstract.dtype == real.dtype == torch.float32
+def test_heads_run_on_the_meta_device() -> None:
+    assert MTPHeads(4, 2, device="meta")(torch.ones(1, 2, 4, device="meta")).shape == (1, 2, 2, 4)
 
 
-def test_wider_hidden_states_need_autocast() -> None:
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_hidden_states_of_another_dtype_need_autocast() -> None:
     heads, hidden = MTPHeads(4, 2, dtype=torch.bfloat16), torch.ones(1, 2, 4)
     with pytest.raises(ValueError, match="hidden"):
         heads(hidden)

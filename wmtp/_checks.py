@@ -8,7 +8,7 @@ Shapes are known without looking at the data, so no check here synchronises a de
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,12 +73,11 @@ def is_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must fit into 64 bits, got an int of {value.bit_length()} bits")
 
 
-def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+def whole(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """Require an int in an interval; ``True`` is none, although Python says so."""
-    given: Any = value
-    if isinstance(given, bool) or not isinstance(given, _INTS):
-        raise TypeError(f"{name} must be an int, got {type(given).__name__}: {given!r}")
-    in_range(name, value, low, high)
+    if isinstance(value, bool) or not isinstance(value, _INTS):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    in_range(name, cast(float, value), low, high)
 
 
 def fits(name: str, value: float, dtype: torch.dtype) -> None:

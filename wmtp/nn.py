@@ -89,9 +89,9 @@ class MTPHeads(nn.Module):
         """``[batch seq dim] -> [batch seq heads dim]``."""
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
         _checks.same_device(hidden=hidden, parameters=self.inner)
-        wide = torch.promote_types(hidden.dtype, self.inner.dtype)
-        # What is narrower is widened; what is wider only autocast narrows, and no float64.
-        if wide != self.inner.dtype and (wide == torch.float64 or not _autocast(hidden)):
+        kinds = {hidden.dtype, self.inner.dtype}
+        # The products need one dtype; autocast casts to it, but no float64.
+        if len(kinds) > 1 and (torch.float64 in kinds or not _autocast(hidden)):
             _checks.same_dtype(
                 "cast them to one dtype or call under torch.autocast",
                 hidden=hidden,

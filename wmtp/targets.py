@@ -7,7 +7,6 @@ belongs to a token is ``[batch seq]`` and indexed by that token; what belongs to
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -143,8 +142,8 @@ def resolve_offsets(offsets: Offsets) -> tuple[int, ...]:
     if isinstance(offsets, int):
         _checks.in_range("offsets given as a number of heads", offsets, 1, MOST_HEADS)
         return tuple(range(1, offsets + 1))
-    given: Any = offsets
-    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+    sequence = isinstance(offsets, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not sequence or isinstance(offsets, str | bytes):
         raise TypeError(
             f"offsets must be an int or a sequence of ints, got {type(offsets).__name__}"
         )

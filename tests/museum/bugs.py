@@ -105,11 +105,11 @@ TARGETS = (
         "the caller's labels are masked in place; the next loss that reads them sees fewer targets",
         _issue(_AUTOMODEL, 3917),
         "wmtp/targets.py",
-        """    targets = align_to_heads(labels, offsets, fill=ignore_index)
+        """    targets = align_to_heads(labels, offsets)
 """,
         """    if attention_mask is not None:
         labels.masked_fill_(attention_mask == 0, ignore_index)
-    targets = align_to_heads(labels, offsets, fill=ignore_index)
+    targets = align_to_heads(labels, offsets)
 """,
         "test_targets.py",
     ),
@@ -244,8 +244,8 @@ SCORES = (
         "token-advantage code that keeps the dtype of a bfloat16 critic; cf. "
         + _issue("vllm-project/speculators", 788),
         "wmtp/scores.py",
-        "    values = wide(values)\n    first =",
-        "    first =",
+        "    values = wide(values)\n    if initial_value",
+        "    if initial_value",
         "test_scores.py",
     ),
     _bug(

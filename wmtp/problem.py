@@ -74,7 +74,9 @@ class Problem(NamedTuple):
 
     def wide_excess(self, needs: Sequence[bool]) -> int:
         """By how many bytes wide gradients for hidden states and unembedding exceed narrow ones."""
-        size = needs[0] * self.hidden.numel() + needs[1] * self.unembedding.numel()
+        # Not a product with the bool: torch 2.11 cannot multiply one with a symbolic size.
+        size = self.hidden.numel() if needs[0] else 0
+        size += self.unembedding.numel() if needs[1] else 0
         return size * (self.wide.itemsize - self.hidden.dtype.itemsize)
 
     def holds_wide(self, needs: Sequence[bool]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,17 @@ def subsets(count: int) -> list[tuple[bool, ...]]:
 Builder = Callable[..., Tensor]
 
 
+def of_predictions(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cross entropy belongs to predictions; a `[batch seq]` one is that of a single head."""
+
+    def call(scores: Tensor, valid: Tensor, **options: Any) -> Tensor:
+        if scores.dim() != 2:
+            return build(scores, valid, **options)
+        return build(scores[..., None], valid[..., None], **options)[..., 0]
+
+    return call
+
+
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory that was live at once while `work` ran, by the profiler."""
     with torch.profiler.profile(
@@ -88,3 +101,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def load_script(path: Path) -> Any:
+    """A script as a module: its folder need not be a package."""
+    spec = importlib.util.spec_from_file_location(f"wmtp_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -4,7 +4,6 @@
 # `lab` is found because the examples' folder is put on the path below, as running train.py does.
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers import load_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -53,16 +54,7 @@ QUIET = ["tracking.mlflow=false", "tracking.plots=false", "train.threads=1", "co
 TINY = EXAMPLES / "tiny.toml"
 
 
-def _load_train():
-    spec = importlib.util.spec_from_file_location("wmtp_examples_train", EXAMPLES / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TRAIN = _load_train()
+TRAIN = load_script(EXAMPLES / "train.py")
 
 
 @pytest.fixture(autouse=True)

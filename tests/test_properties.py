@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import wmtp
-from tests.helpers import all_zero, close, grads, leaf
+from tests.helpers import all_zero, close, grads, leaf, of_predictions
 from tests.loss_forms import head_weights_of, valid_of
 from tests.properties import PROPERTIES, searched_tests
 from tests.strategies import (
@@ -854,17 +854,6 @@ def test_a_value_loss_mirrors(seed: int, batch: int, seq: int, kind: Any) -> Non
 
 
 # -------------------------------------------------------------------------------------------- weights
-
-
-def of_predictions(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A builder that takes cross entropies, called with `[batch seq]` scores as well."""
-
-    def call(scores: Tensor, valid: Tensor, **options: Any) -> Tensor:
-        if scores.dim() == 3:
-            return build(scores, valid, **options)
-        return build(scores[..., None], valid[..., None], **options)[..., 0]
-
-    return call
 
 
 # Builders of one score; those that fall as it rises are told of its negative.

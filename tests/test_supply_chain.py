@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import io
 import pickle
 import re
@@ -21,6 +20,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.helpers import load_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -257,16 +258,7 @@ def test_the_bombs_are_live(tmp_path: Path) -> None:
     assert b"touch" in torch_saved(mark)
 
 
-def _load_train() -> Any:
-    spec = importlib.util.spec_from_file_location("wmtp_supply_train", EXAMPLES / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TRAIN = _load_train()
+TRAIN = load_script(EXAMPLES / "train.py")
 QUIET = ["tracking.mlflow=false", "tracking.plots=false", "train.threads=1", "compare.arms=[]"]
 QUIET += ["train.steps=4", "train.checkpoint_every=1", "rho1.reference_steps=1", "critic.steps=1"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import wmtp
 from tests import oracle
-from tests.helpers import all_zero, close, untouched
+from tests.helpers import all_zero, close, of_predictions, untouched
 from tests.strategies import (
     JUNK,
     LAYOUTS,
@@ -58,17 +58,6 @@ def scope_means(weights: Tensor, valid: Tensor, scope: str) -> list[float]:
 
 def ones_of(valid: Tensor, scope: str) -> list[float]:
     return [1.0] * len(oracle.groups(valid, scope))
-
-
-def of_predictions(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cross entropy belongs to predictions; a `[batch seq]` one is that of a single head."""
-
-    def call(scores: Tensor, valid: Tensor, **options: Any) -> Tensor:
-        if scores.dim() != 2:
-            return build(scores, valid, **options)
-        return build(scores[..., None], valid[..., None], **options)[..., 0]
-
-    return call
 
 
 # One way to call every builder on `[batch seq heads]` or `[batch seq]` scores.

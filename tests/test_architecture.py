@@ -33,6 +33,7 @@ ORDER = [
     "targets",
     "cross_entropy",
     "problem",
+    "products",
     "triton_softmax",
     "slab_softmax",
     "slabs",

@@ -34,6 +34,21 @@ class Rows(NamedTuple):
     weight: Tensor
 
 
+class RowLocal(NamedTuple):
+    """A weight that a prediction's own logits determine, as the operators take it.
+
+    Attributes:
+        kind: ``"none"``, ``"dft"``, ``"focal"``, ``"entropy"`` or ``"el2n"``.
+        power: exponent.
+    """
+
+    kind: str
+    power: float
+
+
+NOT_LOCAL = RowLocal("none", 1.0)
+
+
 class Problem(NamedTuple):
     """The logits that nobody holds, ``hidden @ unembedding.T + bias``, and what is asked of them.
 
@@ -88,7 +103,7 @@ class Problem(NamedTuple):
         excess = self.wide_excess(needs)
         return self.slab_bytes >= excess + max(excess, self.row_bytes)
 
-    def gradient_dtype(self, needs: Sequence[bool], weighting: "RowLocal") -> torch.dtype:
+    def gradient_dtype(self, needs: Sequence[bool], weighting: RowLocal) -> torch.dtype:
         """In which dtype gradients made in the forward pass wait for the upstream gradient.
 
         Weights that a row gives itself may all be tiny, and only their sum, the denominator, says so:
@@ -119,21 +134,6 @@ class Gradients(NamedTuple):
     unembedding: Tensor
     bias: Tensor
     unit: Tensor
-
-
-class RowLocal(NamedTuple):
-    """A weight that a prediction's own logits determine, as the operators take it.
-
-    Attributes:
-        kind: ``"none"``, ``"dft"``, ``"focal"``, ``"entropy"`` or ``"el2n"``.
-        power: exponent.
-    """
-
-    kind: str
-    power: float
-
-
-NOT_LOCAL = RowLocal("none", 1.0)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ the wide dtype: so the target's part of a gradient is rounded once, at the end.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -23,8 +24,12 @@ from wmtp.problem import RowLocal, Rows, wide_dtype
 
 # Tiles of this size are still in the cache when the next operation comes to them.
 _TILE_BYTES = 8 * 2**20
-# A log-probability below this is too coarse to tell the log-sum-exp by.
-_COARSE = 30.0
+# The log-sum-exp of some columns is told by the most probable of the first so many, or if that is less
+# probable than this, by the most probable of all: the rounding of its log-probability is the error.
+_SAMPLE = 64
+_COARSE = math.exp(-8.0)
+# A target tells its own row's unless its probability is near to underflow.
+_TINY = math.exp(-30.0)
 
 
 class ColumnSums(NamedTuple):
@@ -47,14 +52,14 @@ class ColumnSums(NamedTuple):
     total: Tensor
 
 
-def scratch_for(logits: Tensor, most_bytes: int) -> Tensor:
-    """Memory for the tiles of a slab: at least a row."""
+def scratch_for(logits: Tensor, most_bytes: int, least: int = 0) -> Tensor:
+    """Memory for the tiles of a slab, at least a row; and at least so many cells for other uses."""
     rows, columns = logits.shape
     wide = wide_dtype(logits.dtype)
     if _kernels(logits) is not None:
-        return logits.new_empty(0, dtype=wide)
+        return logits.new_empty(least, dtype=wide)
     step = max(1, min(rows, min(most_bytes, _TILE_BYTES) // max(1, columns * wide.itemsize)))
-    return logits.new_empty(step * columns, dtype=wide)
+    return logits.new_empty(max(step * columns, least), dtype=wide)
 
 
 def reduce_columns(
@@ -76,17 +81,18 @@ def reduce_columns(
     total = logits.new_empty(rows if with_sum else 0, dtype=scratch.dtype)
     inside, column = _within(wanted, columns)
     for tile in _tiles(logits, scratch):
-        z, out = _widened(logits[tile], softcap, scratch)
-        chosen[tile] = torch.where(inside[tile], _at(z, column[tile]), 0)
+        slab = logits[tile]
+        z, out = _widened(slab, softcap, scratch)
+        chosen[tile] = _at(z, column[tile])
         if with_best:
             best[tile], best_at[tile] = _first_max(z)
         if with_sum:
             total[tile] = z.sum(1)
+        sample = z[:, :_SAMPLE].clone()
         # The fastest pass that torch has; any column tells the sum, z − log p.
-        first = z[:, 0].clone()
-        log_p = torch.log_softmax(z, 1, out=out)[:, 0]
-        base[tile], log_sum[tile] = _normaliser(first, log_p, logits[tile], softcap)
-    return ColumnSums(base, log_sum, chosen, best, best_at, total)
+        torch.log_softmax(z, 1, out=out)
+        base[tile], log_sum[tile] = _anchored(sample, out, slab, softcap, are_logs=True)
+    return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
 
 def gradient_over_rows(
@@ -109,36 +115,35 @@ def gradient_over_rows(
             logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
         return Rows(*seen), at_target
-    loss, ce, base, log_sum, at_target = (
-        logits.new_empty(len(logits), dtype=scratch.dtype) for _ in range(5)
+    rows, vocab = logits.shape
+    chosen, p_target, base, log_sum, mean = (
+        logits.new_empty(rows, dtype=scratch.dtype) for _ in range(5)
     )
-    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(loss)
+    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(chosen)
     for tile in _tiles(logits, scratch):
         column, slab = wanted[tile], logits[tile]
         z, out = _widened(slab, softcap, scratch)
-        chosen = _at(z, column)
+        chosen[tile] = own = _at(z, column)
         if with_correct:
             correct[tile] = _first_max(z)[1] == column
-        mean = z.mean(1) if label_smoothing else None
+        if label_smoothing:
+            mean[tile] = z.mean(1)
         p = torch.softmax(z, 1, out=out)
-        p_target = _at(p, column)
-        log_p = p_target.log()
-        base[tile], log_sum[tile] = _normaliser(chosen, log_p, slab, softcap)
-        row_base, row_sum = base[tile], log_sum[tile]
-        row_ce = (row_base - chosen) + row_sum
-        total = row_ce
-        if mean is not None:
-            total = torch.lerp(row_ce, (row_base - mean) + row_sum, label_smoothing)
-        lse = row_base + row_sum
-        if z_loss:
-            total = total + z_loss * lse.square()
+        p_target[tile] = of_own = _at(p, column)
+        base[tile], log_sum[tile] = row_base, row_sum = _by_target(own, of_own, p, slab, softcap)
         if weighting.kind != "none":
-            weight[tile] = _local_weight(weighting, p, column, p_target)
-        loss[tile], ce[tile] = total, row_ce
-        at_target[tile] = _write_gradient(
-            slab, p, None, column, None, p_target, chosen, lse, None,
-            label_smoothing, z_loss, softcap, logits.shape[1],
-        )  # fmt: skip
+            weight[tile] = _local_weight(weighting, p, column, of_own)
+        over_row = None
+        if z_loss:
+            over_row = 1 + 2 * z_loss * (row_base + row_sum)
+        _write_gradient(slab, p, column, None, over_row, None, label_smoothing, softcap, vocab)
+    loss = ce = (base - chosen) + log_sum
+    if label_smoothing:
+        loss = torch.lerp(ce, (base - mean) + log_sum, label_smoothing)
+    lse = base + log_sum
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    at_target = _gradient_at_target(p_target, chosen, lse, label_smoothing, z_loss, softcap, vocab)
     return Rows(loss, ce, base, log_sum, correct, weight), at_target
 
 
@@ -164,62 +169,70 @@ def gradient_over_columns(
         return kernels.gradient_over_columns(
             logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab
         )
-    at_target = torch.empty_like(factor)
+    chosen, lse = torch.empty_like(factor), base + log_sum
     inside, column = _within(wanted, logits.shape[1])
+    growth = 1 + 2 * z_loss * lse if z_loss else None
     for tile in _tiles(logits, scratch):
-        slab, row_base, row_sum = logits[tile], base[tile], log_sum[tile]
+        slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
-        chosen, first = _at(z, column[tile]), z[:, 0].clone()
+        chosen[tile] = _at(z, column[tile])
+        sample = z[:, :_SAMPLE].clone()
         # Softmax over these columns, times their share of the whole: torch's exp takes longer.
         p = torch.softmax(z, 1, out=out)
-        log_p = p[:, 0].log()
-        own_base, own_sum = _normaliser(first, log_p, slab, softcap)
-        masked = own_sum == -torch.inf
-        if bool(masked.any()):
-            p[masked] = 0
-        share = ((own_base - row_base) + (own_sum - row_sum)).exp()
-        p_target = ((chosen - row_base) - row_sum).exp()
-        at_target[tile] = factor[tile] * _write_gradient(
-            slab, p, share, column[tile], inside[tile], p_target, chosen, row_base + row_sum,
-            factor[tile], label_smoothing, z_loss, softcap, vocab,
+        own_base, own_sum = _anchored(sample, p, slab, softcap, are_logs=False)
+        over_row = ((own_base - base[tile]) + (own_sum - log_sum[tile])).exp_()
+        if growth is not None:
+            over_row *= growth[tile]
+        _write_gradient(
+            slab, p, column[tile], inside[tile], over_row, factor[tile],
+            label_smoothing, softcap, vocab,
         )  # fmt: skip
+    p_target = ((chosen - base) - log_sum).exp()
+    at_target = factor * _gradient_at_target(
+        p_target, chosen, lse, label_smoothing, z_loss, softcap, vocab
+    )
     return torch.where(inside, at_target, 0)
 
 
-def _write_gradient(
-    slab: Tensor,
+def _gradient_at_target(
     p: Tensor,
-    share: Tensor | None,
-    column: Tensor,
-    inside: Tensor | None,
-    p_target: Tensor,
     chosen: Tensor,
     lse: Tensor,
-    scale: Tensor | None,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     vocab: int,
 ) -> Tensor:
-    """Turn probabilities, ``share · p``, into ``scale · dℓ/dz``; gives ``dℓ/dz`` at the target.
+    """``dℓ/dz`` at each row's target, whose probability is ``p``.
 
     ``dℓ/dz_v = (1 + 2 · z_loss · lse) p_v − (1 − ε) [v = y] − ε / V``, times the softcap's slope
     ``1 − tanh²``.
     """
-    at_target, over_row = p_target, share
-    if z_loss:
-        growth = 1 + 2 * z_loss * lse
-        at_target = at_target * growth
-        over_row = growth if share is None else growth * share
-    at_target = at_target - (1 - label_smoothing)
+    out = p * (1 + 2 * z_loss * lse) if z_loss else p
+    out = out - (1 - label_smoothing)
     if label_smoothing:
-        at_target = at_target - label_smoothing / vocab
+        out = out - label_smoothing / vocab
+    return out * (1 - (chosen / softcap).square()) if softcap else out
+
+
+def _write_gradient(
+    slab: Tensor,
+    p: Tensor,
+    column: Tensor,
+    inside: Tensor | None,
+    over_row: Tensor | None,
+    scale: Tensor | None,
+    label_smoothing: float,
+    softcap: float,
+    vocab: int,
+) -> None:
+    """Turn probabilities, ``p`` times what their row counts, into ``scale · dℓ/dz``, 0 at the target."""
+    if label_smoothing:
         if over_row is not None:
             p.mul_(over_row.unsqueeze(1))
         p.sub_(label_smoothing / vocab)
         over_row = None
     if softcap:
-        at_target = at_target * (1 - (chosen / softcap).square())
         p.mul_(1 - slab.to(p.dtype, copy=True).div_(softcap).tanh_().square_())
     index = column.unsqueeze(1)
     if inside is None:
@@ -234,7 +247,6 @@ def _write_gradient(
         torch.mul(p, over_row.unsqueeze(1), out=slab)
     else:
         slab.copy_(p.mul_(over_row.unsqueeze(1)))
-    return at_target
 
 
 def _local_weight(weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor) -> Tensor:
@@ -262,22 +274,46 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     return (slab if slab.dtype == out.dtype else out.copy_(slab)), out
 
 
-def _normaliser(z: Tensor, log_p: Tensor, slab: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """``base`` and ``log_sum`` as one column tells them, which has logit ``z`` and ``log_p``.
+def _anchored(
+    sample: Tensor, out: Tensor, slab: Tensor, softcap: float, *, are_logs: bool
+) -> tuple[Tensor, Tensor]:
+    """A probable logit of each row, and the log-sum-exp less that: ``−log p`` of that logit.
 
-    Again, with care, for rows where that column is improbable.
+    ``out`` are (log-)probabilities over the slab's columns, ``sample`` the logits of the first ones.
+    Rows of −inf have base 0 and log-sum −inf, and their probabilities become 0.
     """
-    base, log_sum = z, 0 - log_p
-    coarse = ~(log_p >= -_COARSE)
-    if bool(coarse.any()):
-        again = slab[coarse]
-        wide = again.new_empty(again.numel(), dtype=z.dtype)
-        logits = _widened(again, softcap, wide)[0]
-        peak = logits.amax(1)
-        peak = torch.where(peak == -torch.inf, 0, peak)
-        base = base.masked_scatter(coarse, peak)
-        log_sum = log_sum.masked_scatter(coarse, logits.sub_(peak.unsqueeze(1)).exp_().sum(1).log())
+    p, at = out[:, : sample.shape[1]].max(1)
+    base = _at(sample, at)
+    limit = math.log(_COARSE) if are_logs else _COARSE
+    if bool(p.amin() >= limit):
+        return base, 0 - (p if are_logs else p.log())
+    where = (~(p >= limit)).nonzero().squeeze(1)
+    base[where], p[where] = _most_probable(where, out, slab, softcap)
+    log_sum = 0 - (p if are_logs else p.log())
+    masked = base == -torch.inf
+    base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 0
     return base, log_sum
+
+
+def _by_target(
+    chosen: Tensor, p_target: Tensor, p: Tensor, slab: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The same as the target tells it, which has logit ``chosen``."""
+    if bool(p_target.amin() >= _TINY):
+        return chosen, 0 - p_target.log()
+    where = (~(p_target >= _TINY)).nonzero().squeeze(1)
+    base, told = chosen.clone(), p_target.clone()
+    base[where], told[where] = _most_probable(where, p, slab, softcap)
+    return base, 0 - told.log()
+
+
+def _most_probable(
+    where: Tensor, out: Tensor, slab: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The largest logit of some rows and its (log-)probability."""
+    best, at = out[where].max(1)
+    logit = slab[where, at].to(out.dtype)
+    return (torch.tanh(logit / softcap) * softcap if softcap else logit), best
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
 Three walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
-by one product, finished by ``slab_softmax.py``, and used by up to two more products.
+by one product, finished by ``slab_softmax.py``, and used by up to two more products (``products.py``).
 
 * ``forward_columns``: loss and log-sum-exp of each row. Slabs of vocabulary. One product.
 * ``backward_columns``: the gradient for any upstream gradient, given the log-sum-exp. Slabs of
@@ -14,13 +14,22 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
+from wmtp.products import (
+    add_product,
+    evenly,
+    filled_up,
+    gathered,
+    logits_of,
+    parts,
+    scratch_cells,
+)
 from wmtp.slab_softmax import (
     gradient_over_columns,
     gradient_over_rows,
@@ -31,11 +40,10 @@ from wmtp.slab_softmax import (
 
 # Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and is work
 # enough for a GPU.
-_COLUMN_SLAB_CELLS = 2**23
-_COLUMN_SLAB_CELLS_GPU = 2**26
-# How many rows are copied or widened at a time, and the fewest that make a product worthwhile.
+_COLUMN_SLAB_BYTES = 2**25
+_COLUMN_SLAB_BYTES_GPU = 2**27
+# How many rows are copied or widened at a time.
 _PART_ROWS = 1024
-_MIN_PART_ROWS = 64
 # Rows whose logits are walked over together where only their losses are wanted.
 _BLOCK_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
@@ -52,16 +60,18 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     rows, columns = _column_slab(problem, min(len(active), _BLOCK_ROWS))
     slab = problem.hidden.new_empty(rows * columns)
     scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)
-    for some in _parts(len(active), rows):
+    for some in parts(len(active), rows):
         block = active[some]
-        x, wanted = problem.hidden[block], problem.target[block]
+        size, wanted = filled_up(len(block), rows), problem.target[block]
+        x = gathered(problem.hidden, block, size)
         bases: list[Tensor] = []
         sums: list[Tensor] = []
         chosen = total = torch.zeros_like(found.loss[block])
         best, best_at = torch.full_like(chosen, -math.inf), torch.zeros_like(wanted)
-        for part in _parts(problem.vocab, columns):
-            logits = slab[: len(block) * (part.stop - part.start)].view(len(block), -1)
-            _product(problem, x, part, logits)
+        for part in parts(problem.vocab, columns):
+            whole = slab[: size * (part.stop - part.start)].view(size, -1)
+            _product(problem, x, part, whole)
+            logits = whole[: len(block)]
             seen = reduce_columns(
                 logits, wanted - part.start, problem.softcap, with_correct,
                 problem.label_smoothing > 0, scratch,
@@ -115,7 +125,7 @@ def forward_backward_rows(
     most = _rows_in(problem.slab_bytes - excess, problem)
     if needs[1] and dtype != problem.wide and len(active) > most:
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
-    rows = _evenly(len(active), most)
+    rows = filled_up(evenly(len(active), most), most)
     hidden, weight = problem.hidden, problem.unembedding
     factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
     if dtype != problem.wide:
@@ -125,11 +135,12 @@ def forward_backward_rows(
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     slab = hidden.new_empty(rows, problem.vocab)
-    scratch = scratch_for(slab, problem.slab_bytes // 16)
-    for some in _parts(len(active), rows):
+    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+    for some in parts(len(active), rows):
         block = active[some]
-        x, wanted, logits = hidden[block], problem.target[block], slab[: len(block)]
-        _product(problem, x, slice(0, problem.vocab), logits)
+        filled = gathered(hidden, block, filled_up(len(block), rows))
+        x, wanted, logits = filled[: len(block)], problem.target[block], slab[: len(block)]
+        _product(problem, filled, slice(0, problem.vocab), slab[: len(filled)])
         done, at_target = gradient_over_rows(
             logits, wanted, problem.label_smoothing, problem.z_loss, problem.softcap,
             weighting, with_correct, scratch,
@@ -139,11 +150,13 @@ def forward_backward_rows(
         for column, values in zip(found, done, strict=True):
             column[block] = values
         if needs[0]:
-            _write_hidden(of_hidden, block, logits @ weight, scale, weight, wanted, at_target)
+            of_x = slab[: len(filled)] @ weight
+            _write_hidden(of_hidden, block, of_x, scale, weight, wanted, at_target)
         if needs[1]:
             own = _unit(scale, x) if dtype == problem.wide else torch.ones_like(unit)
             scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
-            _add_product(problem, of_weight, logits.T, scaled, own, fresh=some.start == 0)
+            own = own if x.dtype == torch.float16 else None
+            add_product(of_weight, logits.T, scaled, scratch, own, fresh=some.start == 0)
             _add_targets(of_weight, wanted, x, at_target)
         if needs[2]:
             _add_to_bias(problem, of_bias, logits, scale)
@@ -167,35 +180,38 @@ def backward_columns(
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     factor, wanted = upstream[active].to(problem.wide), problem.target[active]
     base, log_sum = base[active], log_sum[active]
-    x, weight = problem.hidden[active], problem.unembedding
+    rows, columns = _column_slab(problem, len(active))
+    filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
+    x, weight = filled[: len(active)], problem.unembedding
     unit = _unit(factor, x, weight)
     factor = factor / unit
-    of_x = _unfilled(x, x.shape if needs[0] else (0,), problem.wide, active)
+    of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     at_target = torch.zeros_like(factor)
-    rows, columns = _column_slab(problem, len(active))
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     slab = x.new_empty(rows * columns)
-    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)
-    for part in _parts(problem.vocab if len(active) else 0, columns):
+    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16, _sum_cells(problem))
+    for part in parts(problem.vocab if len(active) else 0, columns):
         total = of_weight[part]
         if needs[1] and sum_dtype != total.dtype:
             total = torch.empty_like(total, dtype=sum_dtype)
-        for start in range(0, len(active), rows):
-            block = slice(start, min(start + rows, len(active)))
-            logits = slab[: (block.stop - start) * (part.stop - part.start)]
-            logits = logits.view(block.stop - start, -1)
-            _product(problem, x[block], part, logits)
+        for block in parts(len(active), rows):
+            # With rows of zeros behind the last block, whose logits nobody looks at.
+            whole = slice(block.start, min(block.start + rows, len(filled)))
+            made = slab[: (whole.stop - whole.start) * (part.stop - part.start)]
+            made = made.view(whole.stop - whole.start, -1)
+            _product(problem, filled[whole], part, made)
+            logits = made[: block.stop - block.start]
             at_target[block] += gradient_over_columns(
                 logits, wanted[block] - part.start, base[block], log_sum[block], factor[block],
                 problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
             )  # fmt: skip
             if needs[0]:
-                _add_product(problem, of_x[block], logits, weight[part], fresh=part.start == 0)
+                add_product(of_x[whole], made, weight[part], scratch, fresh=part.start == 0)
             if needs[1]:
-                _add_product(problem, total, logits.T, x[block], fresh=start == 0)
+                add_product(total, logits.T, x[block], scratch, fresh=block.start == 0)
             if needs[2]:
                 of_bias[part] += logits.sum(0, dtype=of_bias.dtype)
         if needs[1] and sum_dtype != of_weight.dtype:
@@ -228,11 +244,8 @@ def _fill_in(found: Rows, more: Rows, where: Tensor) -> None:
 
 
 def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
-    weight = problem.unembedding[part].T
-    if problem.bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(problem.bias[part], x, weight, out=out)
+    bias = None if problem.bias is None else problem.bias[part]
+    logits_of(x, problem.unembedding[part], bias, out)
 
 
 def _merged(bases: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,32 +279,6 @@ def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Te
     return fill(shape, dtype=dtype, device=like.device)
 
 
-def _add_product(
-    problem: Problem,
-    total: Tensor,
-    a: Tensor,
-    b: Tensor,
-    unit: Tensor | None = None,
-    *,
-    fresh: bool,
-) -> None:
-    """``total += unit · a @ b``, or ``total = …`` if it is fresh, summed in the dtype of ``total``.
-
-    The unit is for float16 and a wide total.
-    """
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
-        return
-    # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
-    # A part exists twice for a moment, as the product and widened.
-    size = b.shape[1] * (a.dtype.itemsize + total.dtype.itemsize)
-    for part in _parts(len(a), max(_MIN_PART_ROWS, problem.slab_bytes // 32 // max(1, size))):
-        product = a[part] @ b
-        if unit is not None and a.dtype == torch.float16:
-            product = product.to(total.dtype).mul_(unit)
-        total[part].copy_(product) if fresh else total[part].add_(product)
-
-
 def _write_hidden(
     out: Tensor,
     rows: Tensor,
@@ -302,7 +289,7 @@ def _write_hidden(
     at_target: Tensor,
 ) -> None:
     """``out[rows] = scale · of_x + at_target · weight[wanted]``, rounded once, by parts."""
-    for part in _parts(len(rows), _PART_ROWS):
+    for part in parts(len(rows), _PART_ROWS):
         whole = at_target[part].unsqueeze(1) * weight[wanted[part]]
         whole += scale[part].unsqueeze(1) * of_x[part]
         out[rows[part]] = whole.to(out.dtype)
@@ -316,7 +303,7 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         return
     order = wanted.argsort()
     unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    for some in _parts(len(order), _PART_ROWS):
+    for some in parts(len(order), _PART_ROWS):
         part = order[some]
         rows, place = unique(wanted[part], return_inverse=True)
         total = of_weight[rows].to(wide)
@@ -327,8 +314,13 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
 def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
     """``total += scale @ logits``, by parts that are widened first."""
     size = problem.vocab * total.dtype.itemsize
-    for part in _parts(len(logits), problem.slab_bytes // 32 // size):
+    for part in parts(len(logits), problem.slab_bytes // 32 // size):
         total.addmv_(logits[part].to(total.dtype).T, scale[part])
+
+
+def _sum_cells(problem: Problem) -> int:
+    """Scratch for sums that are wider than the products."""
+    return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)
 
 
 def _rows_in(bytes_left: int, problem: Problem) -> int:
@@ -338,26 +330,16 @@ def _rows_in(bytes_left: int, problem: Problem) -> int:
 
 def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
     """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them."""
-    budget = max(1, problem.slab_bytes // problem.hidden.dtype.itemsize)
-    large = _COLUMN_SLAB_CELLS_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_CELLS
-    cells = min(budget, large)
-    most = max(cells // max(rows, 1), min(_MIN_COLUMNS, budget))
+    size = problem.hidden.dtype.itemsize
+    budget = max(1, problem.slab_bytes // size)
+    large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES
+    cells = min(budget, large // size)
+    most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
     if most >= _ALIGNED_COLUMNS:
         most -= most % _ALIGNED_COLUMNS
-        even = _evenly(problem.vocab, most)
+        even = evenly(problem.vocab, most)
         columns = min(problem.vocab, even + -even % _ALIGNED_COLUMNS)
     else:
-        columns = _evenly(problem.vocab, most)
-    return _evenly(rows, max(cells, columns) // columns), columns
-
-
-def _evenly(size: int, most: int) -> int:
-    """The part of a size cut into as few as ``most`` allows, none much smaller than the others."""
-    pieces = max(1, -(-size // max(1, most)))
-    return -(-size // pieces)
-
-
-def _parts(size: int, step: int) -> Iterator[slice]:
-    step = max(1, step)
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+        columns = evenly(problem.vocab, most)
+    most = max(cells, columns) // columns
+    return filled_up(evenly(rows, most), most), columns

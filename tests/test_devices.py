@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import wmtp
+from wmtp.documents import find_documents
 
 
 LOGITS, HIDDEN = torch.zeros(1, 3, 2, 5), torch.zeros(1, 3, 2, 4)
@@ -73,3 +74,10 @@ def test_a_tensor_on_another_device_is_named(call: str, moved: str) -> None:
     function(**arguments)
     with pytest.raises(ValueError, match=rf"on one device, got .*\b{moved} on meta"):
         function(**arguments | {moved: arguments[moved].to("meta")})
+
+
+def test_documents_stay_on_the_device_of_the_labels() -> None:
+    labels, bounds = LABELS.to("meta"), BOUNDS.to("meta")
+    for told in ({}, {"cu_seqlens": bounds}):
+        documents = find_documents(labels, **told)
+        assert {x.device.type for x in (documents.real, *documents.ids)} == {"meta"}

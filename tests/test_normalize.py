@@ -256,10 +256,15 @@ def test_a_clip_that_cannot_have_mean_one_is_refused(clip: tuple[float, float]) 
         normalize_weights(torch.ones(1, 3), torch.ones(1, 3).bool(), clip=clip)
 
 
-@pytest.mark.parametrize("rho", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("rho", [-0.1, 0.0, 1.1, math.nan])
 def test_an_impossible_min_ess_is_refused(rho: float) -> None:
     with pytest.raises(ValueError, match="min_ess"):
         normalize_weights(torch.ones(1, 3), torch.ones(1, 3).bool(), min_ess=rho)
+
+
+def test_min_ess_of_weights_that_are_only_masked_is_refused() -> None:
+    with pytest.raises(ValueError, match="min_ess needs mode='mean_one'"):
+        normalize_weights(torch.ones(1, 3), torch.ones(1, 3).bool(), mode="none", min_ess=0.5)
 
 
 @pytest.mark.parametrize("name", ["mode", "scope", "on_zero"])

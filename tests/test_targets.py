@@ -24,6 +24,8 @@ from tests.strategies import (
     sizes,
 )
 from wmtp import align_to_heads, mtp_targets
+from wmtp.documents import find_documents
+from wmtp.targets import resolve_targets
 
 
 @st.composite
@@ -121,8 +123,14 @@ def test_packed_by_cu_seqlens_equals_separate_documents(
 
 def test_tokens_behind_cu_seqlens_belong_to_no_document() -> None:
     labels = torch.tensor([[1, 2, 3, 4, 5]])
-    targets = mtp_targets(labels, 1, cu_seqlens=torch.tensor([0, 2, 3]))
-    assert targets[0, :, 0].tolist() == [2, IGNORE, IGNORE, IGNORE, IGNORE]
+    targets = mtp_targets(labels, (0, 1), cu_seqlens=torch.tensor([0, 2, 3]))
+    assert targets[0, :, 0].tolist() == [1, 2, 3, IGNORE, IGNORE]
+    assert targets[0, :, 1].tolist() == [2, IGNORE, IGNORE, IGNORE, IGNORE]
+
+
+def test_cu_seqlens_of_no_document_leave_nothing_to_predict() -> None:
+    targets = mtp_targets(torch.tensor([[1, 2]]), (0, 1), cu_seqlens=torch.tensor([0]))
+    assert (targets == IGNORE).all()
 
 
 def test_an_empty_document_in_cu_seqlens_is_harmless() -> None:
@@ -180,6 +188,9 @@ def test_the_ignore_index_is_the_callers(
 ) -> None:
     actual = mtp_targets(labels, heads, ignore_index=ignore_index)
     assert torch.equal(actual, oracle.mtp_targets(labels, heads, ignore_index=ignore_index))
+    targets, valid = resolve_targets(labels, None, *labels.shape, heads, ignore_index)
+    assert torch.equal(targets, actual)
+    assert torch.equal(valid, actual != ignore_index)
 
 
 @given(described_labels(), st.integers(1, 3))
@@ -221,10 +232,17 @@ def test_illegal_offsets_are_refused(offsets: int | list[int]) -> None:
         align_to_heads(torch.tensor([[1, 2, 3]]), offsets)
 
 
+def test_offsets_for_another_number_of_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match="each of the 2 heads of the predictions, got 3"):
+        resolve_targets(torch.tensor([[1, 2, 3]]), 3, 1, 3, 2, IGNORE)
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids", "segment_ids"])
 def test_a_description_of_another_shape_is_refused(name: str) -> None:
     with pytest.raises((TypeError, ValueError), match=name):
         mtp_targets(torch.tensor([[1, 2, 3]]), 1, **{name: torch.ones(1, 2).long()})
+    with pytest.raises(ValueError, match=rf"^{name} must be"):
+        find_documents(torch.tensor([[1, 2, 3]]), **{name: torch.ones(1, 2).long()})
 
 
 def test_labels_of_another_rank_or_type_are_refused() -> None:
@@ -241,7 +259,7 @@ def test_cu_seqlens_need_a_batch_of_one_row() -> None:
         mtp_targets(torch.ones(2, 3).long(), 1, cu_seqlens=torch.tensor([0, 3]))
 
 
-@pytest.mark.parametrize("bounds", [[0, 5], [0, 2, 1, 3], [1, 3], [-1, 3]])
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 2, 5], [0, 2, 1, 3], [1, 3], [-1, 3]])
 def test_impossible_cu_seqlens_are_refused(bounds: list[int]) -> None:
     with pytest.raises(ValueError, match="cu_seqlens"):
         mtp_targets(torch.ones(1, 3).long(), 1, cu_seqlens=torch.tensor(bounds))

@@ -298,6 +298,14 @@ def test_nan_scores_rank_last(scope: str, dtype: torch.dtype, nan: float) -> Non
         assert torch.nonzero(weights[0]).flatten().tolist() == chosen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+def test_both_zeros_are_a_tie(zeros: tuple[float, float], dtype: torch.dtype) -> None:
+    scores = torch.tensor([zeros], dtype=dtype)
+    weights = wmtp.top_k_weights(scores, torch.ones(1, 2).bool(), keep=0.5)
+    assert weights.tolist() == [[2.0, 0.0]]
+
+
 @given(scored(min_batch=1, min_seq=1), KEEPS)
 def test_invalid_entries_take_no_place(case: Scored, keep: float) -> None:
     if len(case.shape) == 3:

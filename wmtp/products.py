@@ -16,8 +16,8 @@ from torch import Tensor
 # A product over so few rows is cut by slices of the unembedding of this size.
 _FEW_ROWS = 1024
 _SLICE_BYTES = 2 * 2**20
-# The fewest rows that make a product worthwhile where it is cut for memory.
-_MIN_PART_ROWS = 64
+# Where a product is cut for memory: the most rows, and the fewest that make it worthwhile.
+_PART_ROWS, _MIN_PART_ROWS = 1024, 64
 # How many rows of a narrow product are widened at a time: they are still in the cache when added.
 _WIDENED_ROWS = 512
 # Blocks of rows are filled up to a multiple of this.
@@ -89,9 +89,11 @@ def add_product(
     rows = max(1, min(_WIDENED_ROWS, len(scratch) // max(1, columns * 2)))
     wide, rest = scratch[: rows * columns].view(rows, columns), scratch[rows * columns :]
     narrow = rest.view(a.dtype)
-    step = max(1, len(narrow) // max(1, columns))
+    # oneDNN copies what is transposed.
+    step = max(1, min(_PART_ROWS, len(narrow) // max(1, columns)))
     for part in parts(len(a), step):
-        product = narrow[: (part.stop - part.start) * columns].view(-1, columns)
+        size = part.stop - part.start
+        product = narrow[: size * columns].view(size, columns)
         torch.mm(a[part], b, out=product)
         for some in parts(len(product), rows):
             into = total[part][some]

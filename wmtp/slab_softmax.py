@@ -23,7 +23,7 @@ from wmtp.problem import RowLocal, Rows, wide_dtype
 
 
 # Tiles of this size are still in the cache when the next operation comes to them.
-_TILE_BYTES = 8 * 2**20
+_TILE_BYTES = 4 * 2**20
 # The log-sum-exp of some columns is told by the most probable of the first so many, or if that is less
 # probable than this, by the most probable of all: the rounding of its log-probability is the error.
 _SAMPLE = 64

@@ -683,3 +683,16 @@ def test_many_options_at_once_agree_with_the_oracle() -> None:
         }
         expected, _ = oracle.linear_mtp_ce_loss(hidden, unembedding, labels, **options)
         close(linear_mtp_ce_loss(hidden, unembedding, labels, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_to_predict_gives_gradients_of_zero(dtype: torch.dtype, reduction: Any) -> None:
+    hidden, unembedding = (
+        leaf(normal(i, *size).to(dtype)) for i, size in enumerate(((1, 3, 2), (5, 2)))
+    )
+    labels = torch.full((1, 3), IGNORE)
+    loss = linear_mtp_ce_loss(hidden, unembedding, labels, reduction=reduction).sum()
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (hidden, unembedding)):
+        assert all_zero(gradient)

@@ -32,6 +32,8 @@ ce, valid = torch.rand(1, 4, 2), torch.ones(1, 4, 2, dtype=torch.bool)
 calls = {
     "align_to_heads": lambda: wmtp.align_to_heads(labels, 2),
     "normalize_weights": lambda: wmtp.normalize_weights(ce, valid),
+    "exp_weights": lambda: wmtp.exp_weights(ce, valid),
+    "critic_delta_weights": lambda: wmtp.critic_delta_weights(ce[..., 0], valid[..., 0]),
     "weighted_mean": lambda: wmtp.weighted_mean(ce, ce, valid),
     "linear_weighted_mtp_loss": lambda: wmtp.linear_weighted_mtp_loss(hidden, unembedding, labels),
 }

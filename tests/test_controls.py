@@ -13,7 +13,7 @@ from torch import Tensor
 from tests import oracle
 from tests.helpers import all_zero, close, untouched
 from tests.strategies import JUNK, LAYOUTS, Scored, generator, relayout, scored, spoiled, uniform
-from wmtp import random_matched_weights, shuffled_weights
+from wmtp import controls, random_matched_weights, shuffled_weights
 
 
 CONTROLS = pytest.mark.parametrize("control", [shuffled_weights, random_matched_weights])
@@ -103,6 +103,11 @@ def test_random_matched_weights_are_drawn_with_replacement() -> None:
     # A draw of four with replacement is a permutation in 4! / 4^4 of the cases.
     assert float(different) == pytest.approx(24 / 256, abs=0.02)
     assert float(out.mean()) == pytest.approx(1.5, abs=0.05)
+
+
+def test_the_numbers_behind_a_control_are_finer_than_those_of_float32() -> None:
+    drawn = controls._uniform(torch.ones(1, 8), generator(0)) * 2**24  # pyright: ignore
+    assert (drawn != drawn.floor()).any()
 
 
 @CONTROLS

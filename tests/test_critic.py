@@ -151,13 +151,11 @@ def test_returns_refuse_what_does_not_fit() -> None:
         lambda_returns(values, rewards, valid.float())
     with pytest.raises((TypeError, ValueError), match="segment_ids"):
         lambda_returns(values, rewards, valid, segment_ids=torch.zeros(2, 2).long())
-    for bad in (-0.1, math.nan):
+    for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="gamma"):
             lambda_returns(values, rewards, valid, gamma=bad)
         with pytest.raises(ValueError, match="lam"):
             lambda_returns(values, rewards, valid, lam=bad)
-    with pytest.raises(ValueError, match="lam"):
-        lambda_returns(values, rewards, valid, lam=1.1)
 
 
 # ---------------------------------------------------------------------------------------- value loss
@@ -239,6 +237,13 @@ def test_the_targets_get_no_gradient() -> None:
     assert all_zero(grads(loss, [targets])[0])
 
 
+def test_the_huber_loss_turns_linear_at_one_by_default() -> None:
+    loss = value_loss(
+        torch.tensor([[3.0]]), torch.zeros(1, 1), torch.ones(1, 1).bool(), kind="huber"
+    )
+    assert loss.item() == 2.5
+
+
 def test_value_loss_refuses_what_does_not_fit() -> None:
     values, targets, valid = normal(0, 2, 3), normal(1, 2, 3), torch.ones(2, 3).bool()
     with pytest.raises((TypeError, ValueError), match="targets"):
@@ -247,7 +252,7 @@ def test_value_loss_refuses_what_does_not_fit() -> None:
         value_loss(values, targets, valid[:, :1])
     with pytest.raises((TypeError, ValueError), match="kind"):
         value_loss(values, targets, valid, kind="mae")  # type: ignore[arg-type]
-    for delta in (0.0, -1.0, math.nan):
+    for delta in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="delta"):
             value_loss(values, targets, valid, kind="huber", delta=delta)
 
@@ -346,5 +351,6 @@ def test_ranking_refuses_what_does_not_fit() -> None:
         pairwise_ranking_loss(values, values, ok, ok[:, :1])
     with pytest.raises((TypeError, ValueError), match="pool"):
         pairwise_ranking_loss(values, values, ok, ok, pool="max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="margin"):
-        pairwise_ranking_loss(values, values, ok, ok, margin=math.nan)
+    for margin in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="margin"):
+            pairwise_ranking_loss(values, values, ok, ok, margin=margin)

@@ -53,10 +53,47 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"token_ce": DEEP, "weights": DEEP, "valid": VALID_DEEP},
     ),
     "excess_loss": (wmtp.excess_loss, {"token_ce": DEEP, "reference_nll": FLAT}),
-    "td_deltas": (wmtp.td_deltas, {"values": FLAT, "valid": VALID}),
+    "td_deltas": (wmtp.td_deltas, {"values": FLAT, "valid": VALID, "rewards": FLAT}),
+    "lambda_returns": (wmtp.lambda_returns, {"values": FLAT, "valid": VALID, "rewards": FLAT}),
+    "value_loss": (wmtp.value_loss, {"values": FLAT, "targets": FLAT, "valid": VALID}),
+    "pairwise_ranking_loss": (
+        wmtp.pairwise_ranking_loss,
+        {
+            "chosen_values": FLAT,
+            "rejected_values": FLAT,
+            "chosen_valid": VALID,
+            "rejected_valid": VALID,
+        },
+    ),
     "group_advantages": (wmtp.group_advantages, {"rewards": REWARDS, "group_ids": GROUPS}),
     "normalize_weights": (wmtp.normalize_weights, {"weights": FLAT, "valid": VALID}),
+    "softmax_weights": (wmtp.softmax_weights, {"scores": FLAT, "valid": VALID}),
     "top_k_weights": (wmtp.top_k_weights, {"scores": FLAT, "valid": VALID}),
+    "exp_weights": (wmtp.exp_weights, {"scores": FLAT, "valid": VALID}),
+    "update_statistics": (
+        wmtp.update_statistics,
+        {"statistics": None, "scores": FLAT, "valid": VALID},
+    ),
+    "span_weights": (
+        wmtp.span_weights,
+        {"span_ids": IDS, "span_values": FLAT[0], "valid": VALID},
+    ),
+    "entropy_weights": (wmtp.entropy_weights, {"entropy": FLAT, "valid": VALID}),
+    "el2n_weights": (wmtp.el2n_weights, {"el2n": FLAT, "valid": VALID}),
+    "group_relative_weights": (
+        wmtp.group_relative_weights,
+        {"rewards": REWARDS[:1], "group_ids": GROUPS[:1], "valid": VALID},
+    ),
+    "shuffled_weights": (
+        wmtp.shuffled_weights,
+        {"weights": FLAT, "valid": VALID, "generator": torch.Generator()},
+    ),
+    "random_matched_weights": (
+        wmtp.random_matched_weights,
+        {"weights": FLAT, "valid": VALID, "generator": torch.Generator()},
+    ),
+    "weight_statistics": (wmtp.weight_statistics, {"weights": FLAT, "valid": VALID}),
+    "check_weights": (wmtp.check_weights, {"weights": FLAT + 1, "valid": VALID}),
 }
 
 

@@ -88,6 +88,10 @@ def cases(split: str) -> dict[str, Call]:
             ce[r], deep[r], reference[r], mode="softmax", group=g
         ),
         "critic": lambda g, r: w.critic_delta_weights(s2[r], flat[r], group=g),
+        "critic softmax": lambda g, r: w.critic_delta_weights(
+            s2[r], flat[r], mode="softmax", group=g
+        ),
+        "critic top_k": lambda g, r: w.critic_delta_weights(s2[r], flat[r], mode="top_k", group=g),
         "dft": lambda g, r: w.dft_weights(ce[r], deep[r], group=g),
         "focal": lambda g, r: w.focal_weights(ce[r], deep[r], group=g),
         "entropy": lambda g, r: w.entropy_weights(ce[r], deep[r], group=g),
@@ -109,6 +113,13 @@ def tied(split: str) -> tuple[Tensor, Tensor]:
     return integers(11, 3, ROWS, SEQ, HEADS).double(), valid_for(split, ROWS, SEQ, HEADS)
 
 
+def by_themselves(split: str, rows: slice, group: Any) -> Tensor:
+    """Weights of one rank whose group holds nobody else."""
+    scores, valid = (x[rows] for x in tied(split))
+    builders = (wmtp.top_k_weights, wmtp.softmax_weights)
+    return torch.stack([build(scores, valid, group=group) for build in builders])
+
+
 def shares(rows: slice) -> Tensor:
     """What some rows add to losses that one count over all rows divides: dense, linear."""
     hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], normal(13, 6, 3)
@@ -128,12 +139,14 @@ def worker(rank: int, folder: str) -> None:
     )  # fmt: skip
     try:
         group, found = dist.group.WORLD, {}
+        alone = [dist.new_group([other]) for other in range(2)][rank]
         for split, ranks in SPLITS.items():
             for name, call in cases(split).items():
                 found[split, name] = call(group, ranks[rank])
             scores, valid = tied(split)
             rows = ranks[rank]
             found[split, "ties"] = wmtp.top_k_weights(scores[rows], valid[rows], group=group)
+            found[split, "alone"] = by_themselves(split, rows, alone)
             found[split, "shares"] = shares(rows)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
@@ -179,3 +192,11 @@ def test_losses_of_ranks_add_to_the_whole_by_one_count(
 ) -> None:
     # Trainers scale by the number of processes; the loss itself must not know it.
     close(sum((rank[split, "shares"] for rank in ranks), torch.zeros(2)), shares(slice(None)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_group_without_the_other_rank_does_not_ask_it(
+    ranks: list[dict[tuple[str, str], Tensor]], split: str
+) -> None:
+    for rank, rows in zip(ranks, SPLITS[split], strict=True):
+        close(rank[split, "alone"], by_themselves(split, rows, None))

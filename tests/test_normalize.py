@@ -75,12 +75,40 @@ def test_clip_and_mean_one_hold_for_a_subnormal_ratio() -> None:
     for w in (weights, weights.double()):
         actual = normalize_weights(w, valid, clip=(0.1, 3.0))
         assert actual[0].tolist() == pytest.approx([0.1, 0.1, 0.1, 1.7, 3.0], rel=1e-5)
+    # The smallest float32 there is has to become 2.4.
+    smallest = torch.tensor([[*[0.0] * 6, 2.0**-149, 2.0**-148, 1.0]])
+    actual = normalize_weights(smallest, torch.ones(1, 9).bool(), clip=(0.1, 3.0))
+    assert actual[0].tolist() == pytest.approx([*[0.1] * 6, 2.4, 3.0, 3.0], rel=1e-5)
+
+
+def test_a_weight_that_meets_the_upper_bound_counts_as_bounded() -> None:
+    weights, valid = torch.tensor([[0.0, 0.0, 2.0, 5.0, 8.0]]), torch.ones(1, 5).bool()
+    actual = normalize_weights(weights, valid, clip=(0.1, 2.0))
+    assert actual[0].tolist() == pytest.approx([0.1, 0.1, 0.8, 2.0, 2.0], rel=1e-5)
+
+
+def test_an_upper_bound_may_be_missing() -> None:
+    weights, valid = torch.tensor([[0.0, 0.01, 1.0, 98.99]]), torch.ones(1, 4).bool()
+    for w in (weights, weights.double()):
+        actual = normalize_weights(w, valid, clip=(0.1, math.inf))
+        assert actual[0].tolist() == pytest.approx([0.1, 0.1, 0.1, 3.7], rel=1e-6)
+
+
+def test_weights_that_are_only_masked_are_clamped_too() -> None:
+    weights, valid = (
+        torch.tensor([[0.25, 1.0, 9.0, 9.0]]),
+        torch.tensor([[True, True, True, False]]),
+    )
+    actual = normalize_weights(weights, valid, mode="none", clip=(0.5, 2.0))
+    assert actual.tolist() == [[0.5, 1.0, 2.0, 0.0]]
 
 
 def test_too_few_positive_weights_sit_at_the_upper_bound() -> None:
     weights, valid = torch.tensor([[7.0, 0.0, 0.0, 0.0, 0.0]]), torch.ones(1, 5).bool()
     actual = normalize_weights(weights, valid, clip=(0.1, 2.0))
     assert actual[0].tolist() == pytest.approx([2.0, 0.75, 0.75, 0.75, 0.75])
+    actual = normalize_weights(weights[:, :2], valid[:, :2], clip=(0.1, 1.5))
+    assert actual[0].tolist() == pytest.approx([1.5, 0.5])
 
 
 @given(scored(), st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.sampled_from([None, (0.1, 3.0)]))

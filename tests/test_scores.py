@@ -99,7 +99,7 @@ def test_excess_loss_refuses_what_does_not_fit() -> None:
         excess_loss(normal(0, 1, 3, 2), normal(1, 1, 3, 3))
     with pytest.raises((TypeError, ValueError), match="token_ce"):
         excess_loss(normal(0, 1, 3), normal(1, 1, 3))
-    with pytest.raises(ValueError, match="offsets"):
+    with pytest.raises(ValueError, match=r"offsets must .* the 2 heads of token_ce, got 3"):
         excess_loss(normal(0, 1, 3, 2), normal(1, 1, 3), offsets=3)
 
 
@@ -350,7 +350,7 @@ def test_deltas_refuse_what_does_not_fit(function: Any) -> None:
         function(values[0], valid)
     with pytest.raises((TypeError, ValueError), match="initial_value"):
         function(values, valid, initial_value="last")
-    for gamma in (-0.1, math.nan):
+    for gamma in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="gamma"):
             function(values, valid, gamma=gamma)
 
@@ -398,8 +398,12 @@ def test_group_advantages_refuse_what_does_not_fit() -> None:
         group_advantages(normal(0, 3), torch.zeros(4).long())
     with pytest.raises(TypeError, match="group_ids"):
         group_advantages(normal(0, 3), torch.zeros(3))
-    with pytest.raises(ValueError, match="eps"):
-        group_advantages(normal(0, 3), torch.zeros(3).long(), eps=-1.0)
+    for eps in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="eps"):
+            group_advantages(normal(0, 3), torch.zeros(3).long(), eps=eps)
+    for correction in (-1, 2):
+        with pytest.raises(ValueError, match="correction"):
+            group_advantages(normal(0, 3), torch.zeros(3).long(), correction=correction)
 
 
 # ---------------------------------------------------------------------------- from the logits alone
@@ -475,6 +479,13 @@ def test_scores_of_the_logits_refuse_what_does_not_fit() -> None:
             function(logits, labels, softcap=-1.0)
         with pytest.raises((ValueError, IndexError), match="label"):
             function(logits, labels + 4)
+    for call in (
+        lambda: target_probability(logits[..., :0], labels),
+        lambda: el2n(logits[..., :0], labels),
+        lambda: predictive_entropy(logits[..., :0]),
+    ):
+        with pytest.raises(ValueError, match=r"^logits must .* one entry .* \(vocab\)"):
+            call()
     with pytest.raises((TypeError, ValueError), match="logits"):
         predictive_entropy(normal(0, 3, 4))
     with pytest.raises(ValueError, match="softcap"):

@@ -25,7 +25,7 @@ from tests.strategies import (
 )
 from wmtp import align_to_heads, mtp_targets
 from wmtp.documents import find_documents
-from wmtp.targets import resolve_targets
+from wmtp.targets import resolve_offsets, resolve_targets
 
 
 @st.composite
@@ -235,6 +235,12 @@ def test_illegal_offsets_are_refused(offsets: int | list[int]) -> None:
 def test_offsets_for_another_number_of_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="each of the 2 heads of the predictions, got 3"):
         resolve_targets(torch.tensor([[1, 2, 3]]), 3, 1, 3, 2, IGNORE)
+
+
+def test_a_wild_number_of_offsets_is_refused_and_not_cut_off() -> None:
+    for many in (range(10**6), range(2**70)):
+        with pytest.raises(ValueError, match="the number of offsets must lie in"):
+            resolve_offsets(many)
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids", "segment_ids"])

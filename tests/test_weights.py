@@ -204,6 +204,11 @@ def test_softmax_of_special_numbers_follows_the_oracle(row: Tensor, temperature:
     )
 
 
+def test_the_lowest_number_is_still_above_minus_infinity() -> None:
+    scores = torch.tensor([[-math.inf, torch.finfo(torch.float32).min]])
+    assert wmtp.softmax_weights(scores, torch.ones(1, 2).bool()).tolist() == [[0.0, 2.0]]
+
+
 def test_nan_and_minus_infinity_get_no_softmax_weight() -> None:
     scores = torch.tensor([[math.nan, -math.inf, 0.0, 0.0]])
     weights = wmtp.softmax_weights(scores, torch.ones(1, 4).bool())
@@ -221,9 +226,9 @@ def test_softmax_ignores_a_common_shift(case: Scored, shift: float) -> None:
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_softmax_refuses_an_impossible_temperature(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"^temperature must"):
         wmtp.softmax_weights(torch.ones(1, 2), torch.ones(1, 2).bool(), temperature=temperature)
 
 
@@ -319,7 +324,7 @@ def test_invalid_entries_take_no_place(case: Scored, keep: float) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, math.nan])
 def test_top_k_refuses_an_impossible_share(keep: float) -> None:
-    with pytest.raises(ValueError, match="keep"):
+    with pytest.raises(ValueError, match=r"^keep must"):
         wmtp.top_k_weights(torch.ones(1, 2), torch.ones(1, 2).bool(), keep=keep)
 
 
@@ -376,6 +381,26 @@ def test_whitened_weights_ignore_scale_and_shift(case: Scored, scale: float, shi
 def test_equal_scores_are_weighted_equally(level: float) -> None:
     scores, valid = torch.full((2, 7), level), mask(0, 0.7, 2, 7)
     close(wmtp.exp_weights(scores, valid), valid.double(), torch.float32)
+
+
+def test_nan_and_minus_infinity_get_nothing_beside_equal_scores() -> None:
+    scores = torch.tensor([[0.0, -math.inf, 0.0, math.nan]])
+    weights = wmtp.exp_weights(scores, torch.ones(1, 4).bool(), clip=None)
+    assert weights.tolist() == [[2.0, 0.0, 2.0, 0.0]]
+
+
+def test_whitening_loses_nothing_far_from_zero() -> None:
+    scores, valid = 2.0**22 + torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.ones(1, 4).bool()
+    close(wmtp.exp_weights(scores, valid), wmtp.exp_weights(scores.double(), valid), torch.float32)
+
+
+def test_statistics_of_a_small_spread_are_used_too() -> None:
+    scores, valid = normal(0, 2, 6), mask(1, 0.8, 2, 6)
+    known = [(5.0, 0.0, 0.25)]
+    close(
+        wmtp.exp_weights(scores, valid, statistics=stats_of(known, ())),
+        oracle.exp_weights(scores, valid, statistics=known),
+    )
 
 
 def test_the_first_batch_is_whitened_with_its_own_statistics() -> None:
@@ -448,6 +473,20 @@ def test_statistics_never_read_invalid_places_nor_write(case: Scored, junk: floa
         assert torch.equal(a, b)
 
 
+def test_a_single_score_is_its_own_mean() -> None:
+    score, valid = torch.tensor([[5.0]]), torch.ones(1, 1).bool()
+    blank = update_statistics(None, score, ~valid)
+    assert [float(x) for x in update_statistics(blank, score, valid)] == [1.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.1, 1e-3])
+def test_forgetting_leaves_the_deviation_as_it_is(decay: float) -> None:
+    scores, valid = torch.tensor([[1.0, 3.0, 1.0, 3.0]]), torch.ones(1, 4).bool()
+    first = update_statistics(None, scores, valid)
+    later = update_statistics(first, scores, ~valid, decay=decay)
+    close(torch.stack((*later, later.std)), torch.tensor([4 * decay, 2.0, 4 * decay, 1.0]))
+
+
 def test_a_nan_score_does_not_poison_the_statistics() -> None:
     scores, valid = torch.tensor([[1.0, math.nan, 3.0]]), torch.ones(1, 3).bool()
     statistics = update_statistics(None, scores, valid)
@@ -456,8 +495,8 @@ def test_a_nan_score_does_not_poison_the_statistics() -> None:
 
 def test_exp_weights_and_statistics_refuse_what_does_not_fit() -> None:
     scores, valid = uniform(0, 1, 3), torch.ones(1, 3).bool()
-    for beta in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="beta"):
+    for beta in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^beta must"):
             wmtp.exp_weights(scores, valid, beta=beta)
     with pytest.raises(ValueError, match="clip"):
         wmtp.exp_weights(scores, valid, clip=(2.0, 3.0))
@@ -467,8 +506,11 @@ def test_exp_weights_and_statistics_refuse_what_does_not_fit() -> None:
     three_heads = stats_of([(2.0, 0.0, 1.0)] * 3, (3,))
     with pytest.raises((TypeError, ValueError), match="statistics"):
         wmtp.exp_weights(scores, valid, statistics=three_heads)
-    with pytest.raises((TypeError, ValueError), match="statistics"):
+    with pytest.raises(ValueError, match=r"^statistics.count must be \[\] = \[\], got \[3\]"):
         update_statistics(three_heads, scores, valid)
+    deep = scores[..., None].expand(1, 3, 2), valid[..., None].expand(1, 3, 2)
+    with pytest.raises(ValueError, match=r"^statistics.count must be \[heads\] = \[2\], got \[3\]"):
+        update_statistics(three_heads, *deep)
 
 
 # -------------------------------------------------------------------------------------------- rho-1
@@ -523,9 +565,9 @@ def test_rho1_refuses_what_does_not_fit() -> None:
         wmtp.rho1_weights(ce, valid, reference[:, :2])
     with pytest.raises((TypeError, ValueError), match="mode"):
         wmtp.rho1_weights(ce, valid, reference, mode="abs")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="keep"):
+    with pytest.raises(ValueError, match=r"^keep must"):
         wmtp.rho1_weights(ce, valid, reference, keep=2.0)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"^temperature must"):
         wmtp.rho1_weights(ce, valid, reference, mode="softmax", temperature=0.0)
 
 
@@ -594,8 +636,12 @@ def test_critic_delta_weights_refuse_what_does_not_fit() -> None:
         wmtp.critic_delta_weights(values, valid, rewards=normal(0, 1, 2))
     with pytest.raises(ValueError, match="lam"):
         wmtp.critic_delta_weights(values, valid, lam=2.0)
-    with pytest.raises(ValueError, match="beta"):
+    with pytest.raises(ValueError, match=r"^beta must"):
         wmtp.critic_delta_weights(values, valid, beta=0.0)
+    with pytest.raises(ValueError, match=r"^keep must"):
+        wmtp.critic_delta_weights(values, valid, mode="top_k", keep=0.0)
+    with pytest.raises(ValueError, match=r"^temperature must"):
+        wmtp.critic_delta_weights(values, valid, mode="softmax", temperature=0.0)
 
 
 # ---------------------------------------------------------------------------- from the logits alone
@@ -628,6 +674,17 @@ def test_weights_of_entropy_and_el2n_follow_the_oracle(
     expected = oracle.power_weights(scores, case.valid, **options)
     near(wmtp.entropy_weights(scores, case.valid, **options), expected, case.dtype)
     near(wmtp.el2n_weights(scores, case.valid, **options), expected, case.dtype)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("scope", "rows"), ("group", 3)])
+def test_weights_that_are_not_normalized_check_their_scope_all_the_same(
+    name: str, wrong: Any
+) -> None:
+    unchecked: Any = wmtp.dft_weights
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+        unchecked.__wrapped__(
+            torch.ones(1, 2, 1), torch.ones(1, 2, 1).bool(), mode="none", **{name: wrong}
+        )
 
 
 def test_dft_and_focal_pull_in_opposite_directions() -> None:
@@ -664,12 +721,12 @@ def test_score_weights_follow_the_oracle(
 
 def test_impossible_exponents_are_refused() -> None:
     scores, valid = uniform(0, 1, 3, 1), torch.ones(1, 3, 1).bool()
-    for bad in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="gamma"):
+    for bad in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^gamma must"):
             wmtp.focal_weights(scores, valid, gamma=bad)
-        with pytest.raises(ValueError, match="power"):
+        with pytest.raises(ValueError, match=r"^power must"):
             wmtp.entropy_weights(scores, valid, power=bad)
-        with pytest.raises(ValueError, match="power"):
+        with pytest.raises(ValueError, match=r"^power must"):
             wmtp.el2n_weights(scores, valid, power=bad)
     for build in (wmtp.dft_weights, wmtp.focal_weights, wmtp.entropy_weights, wmtp.el2n_weights):
         with pytest.raises((TypeError, ValueError), match="mode"):
@@ -696,6 +753,14 @@ def test_group_relative_weights_follow_the_oracle(
     assert not actual.requires_grad
 
 
+def test_sequences_are_weighted_the_same_in_every_head() -> None:
+    rewards, ids, valid = normal(0, 4), torch.tensor([0, 0, 1, 1]), mask(1, 0.7, 4, 3, 2)
+    together = wmtp.group_relative_weights(rewards, ids, valid)
+    for h in range(2):
+        alone = wmtp.group_relative_weights(rewards, ids, valid[..., h])
+        close(together[..., h], alone)
+
+
 def test_groups_of_one_are_weighted_like_everybody() -> None:
     valid = torch.tensor([[True, True], [True, False]])
     weights = wmtp.group_relative_weights(torch.tensor([5.0, -5.0]), torch.tensor([0, 1]), valid)
@@ -708,8 +773,10 @@ def test_group_relative_weights_refuse_what_does_not_fit() -> None:
         wmtp.group_relative_weights(rewards, ids[:1], valid)
     with pytest.raises((TypeError, ValueError), match="valid"):
         wmtp.group_relative_weights(rewards, ids, valid[:1])
-    with pytest.raises(ValueError, match="beta"):
+    with pytest.raises(ValueError, match=r"^beta must"):
         wmtp.group_relative_weights(rewards, ids, valid, beta=0.0)
+    with pytest.raises(ValueError, match="rewards on meta, valid on cpu"):
+        wmtp.group_relative_weights(rewards.to("meta"), ids.to("meta"), valid)
 
 
 @given(scored(dims=(2,)), st.integers(0, 4), CLIPS, st.sampled_from([1.0, 0.0, 2.5]))
@@ -721,6 +788,14 @@ def test_span_weights_follow_the_oracle(
     options: dict[str, Any] = {"outside": outside, "clip": clip, "scope": case.scope}
     actual = wmtp.span_weights(ids, values, case.valid, **options)
     near(actual, oracle.span_weights(ids, values, case.valid, **options), case.dtype)
+
+
+def test_tokens_outside_every_span_weigh_one() -> None:
+    ids, valid = torch.tensor([[-1, 0]]), torch.ones(1, 2).bool()
+    assert wmtp.span_weights(ids, torch.tensor([3.0]), valid).tolist() == [[0.5, 1.5]]
+    for bad in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^outside must"):
+            wmtp.span_weights(ids, torch.tensor([3.0]), valid, outside=bad)
 
 
 def test_span_ids_at_invalid_places_may_be_anything() -> None:
@@ -806,6 +881,15 @@ def test_a_product_that_underflows_everywhere_keeps_its_proportions() -> None:
     close(actual, torch.tensor([[0.2, 1.8]]), torch.float32)
 
 
+def test_a_member_without_a_coefficient_has_no_say() -> None:
+    w, other = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 2.0]])
+    for mode in ("mixture", "product"):
+        weights = wmtp.combine_weights(
+            [w, other], torch.ones(1, 2).bool(), mode=mode, coefficients=[1.0, 0.0]
+        )
+        close(weights, torch.tensor([[0.5, 1.5]]), torch.float32)
+
+
 def test_combining_refuses_what_does_not_fit() -> None:
     w, valid = torch.ones(1, 3), torch.ones(1, 3).bool()
     with pytest.raises(ValueError, match="weights"):
@@ -814,8 +898,37 @@ def test_combining_refuses_what_does_not_fit() -> None:
         wmtp.combine_weights([w, torch.ones(1, 4)], valid)
     with pytest.raises(ValueError, match="coefficients"):
         wmtp.combine_weights([w, w], valid, coefficients=[1.0])
-    for bad in ([-1.0, 2.0], [0.0, 0.0], [math.nan, 1.0]):
+    with pytest.raises(ValueError, match="coefficients have no meaning"):
+        wmtp.combine_weights([w, w], valid, mode="intersection", coefficients=[1.0, 1.0])
+    for bad in ([-1.0, 2.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]):
         with pytest.raises(ValueError, match="coefficients"):
             wmtp.combine_weights([w, w], valid, coefficients=bad)
     with pytest.raises((TypeError, ValueError), match="mode"):
         wmtp.combine_weights([w], valid, mode="sum")  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    valid, outlier = torch.ones(1, 9).bool(), torch.eye(9)[:1]
+    exp = {"beta": 1.0, "clip": (0.1, 3.0)}
+    ce, reference = 0.5 + outlier[..., None], torch.zeros(1, 9)
+    deep = valid[..., None]
+    values = outlier.cumsum(1) + 0.3 * outlier.flip(1)
+    rewards, ids = outlier[0], torch.zeros(9).long()
+    for build, given_, options in (
+        (wmtp.softmax_weights, (outlier, valid), {"temperature": 1.0}),
+        (wmtp.exp_weights, (outlier, valid), {**exp, "whiten": True}),
+        (wmtp.critic_delta_weights, (values, valid), {**exp, "lam": 0.0, "whiten": True}),
+        (wmtp.group_relative_weights, (rewards, ids, valid.T), exp),
+        (wmtp.focal_weights, (ce, deep), {"gamma": 2.0}),
+        (wmtp.entropy_weights, (1 + outlier, valid), {"power": 1.0}),
+        (wmtp.el2n_weights, (1 + outlier, valid), {"power": 1.0}),
+    ):
+        assert torch.equal(build(*given_), build(*given_, **options))
+    assert torch.equal(
+        wmtp.rho1_weights(ce, deep, reference, mode="softmax"),
+        wmtp.rho1_weights(ce, deep, reference, mode="softmax", temperature=1.0),
+    )
+    assert torch.equal(
+        wmtp.critic_delta_weights(values, valid, mode="softmax"),
+        wmtp.critic_delta_weights(values, valid, mode="softmax", temperature=1.0),
+    )

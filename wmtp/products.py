@@ -86,11 +86,12 @@ def add_product(
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
     columns = b.shape[1]
-    rows = max(1, min(_WIDENED_ROWS, len(scratch) // max(1, columns * 2)))
+    # oneDNN copies what is transposed, and a cache is small; to a GPU only the scratch is a bound.
+    most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)
+    rows = max(1, min(together, len(scratch) // max(1, columns * 2)))
     wide, rest = scratch[: rows * columns].view(rows, columns), scratch[rows * columns :]
     narrow = rest.view(a.dtype)
-    # oneDNN copies what is transposed.
-    step = max(1, min(_PART_ROWS, len(narrow) // max(1, columns)))
+    step = max(1, min(most, len(narrow) // max(1, columns)))
     for part in parts(len(a), step):
         size = part.stop - part.start
         product = narrow[: size * columns].view(size, columns)

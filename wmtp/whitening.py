@@ -26,7 +26,7 @@ class WhiteningStatistics(NamedTuple):
     @property
     def std(self) -> Float[Tensor, "*heads"]:
         """Population standard deviation, 0 before the first score."""
-        return (self.m2 / self.count.clamp(min=1)).sqrt()
+        return (self.m2 / torch.where(self.count > 0, self.count, 1)).sqrt()
 
 
 @typed

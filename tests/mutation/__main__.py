@@ -36,24 +36,28 @@ ROOT = Path(__file__).parents[2]
 SESSION = ROOT / ".mutation"
 TABLE = Path(__file__).with_name("README.md")
 
+_FUZZED = "test_fuzz.py::test_what_the_fuzz_found_is_refused_clearly"
 # Which tests look at which file, the quickest and closest first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "targets": ("test_targets.py", "test_cross_entropy.py"),
-    "documents": ("test_targets.py", "test_scores.py", "test_devices.py"),
+    "targets": ("test_targets.py", "test_cross_entropy.py", _FUZZED),
+    "documents": ("test_targets.py", "test_scores.py", "test_devices.py", "test_unchecked.py"),
     "cross_entropy": ("test_cross_entropy.py", "test_scores.py", "test_loss.py", "test_devices.py"),
     "scans": ("test_scores.py", "test_critic.py", "test_devices.py"),
     "scopes": ("test_normalize.py", "test_weights.py", "test_distributed.py"),
     "selection": ("test_weights.py", "test_distributed.py"),
     "scores": ("test_scores.py", "test_operators.py", "test_weights.py", "test_devices.py"),
     "row_local": ("test_row_local.py",),
-    "normalize": ("test_normalize.py", "test_weights.py", "test_distributed.py", "test_devices.py"),
-    "whitening": ("test_weights.py", "test_distributed.py"),
-    "weights": ("test_weights.py", "test_distributed.py"),
-    "methods": ("test_weights.py", "test_distributed.py"),
-    "combine": ("test_weights.py", "test_distributed.py"),
-    "controls": ("test_controls.py",),
-    "critic": ("test_critic.py",),
-    "statistics": ("test_statistics.py",),
+    "normalize": (
+        "test_normalize.py", "test_weights.py", "test_devices.py", "test_distributed.py",
+        "test_fuzz.py::test_an_upper_bound_beyond_the_dtype_bounds_nothing",
+    ),
+    "whitening": ("test_weights.py", "test_devices.py", "test_distributed.py"),
+    "weights": ("test_weights.py", "test_devices.py", "test_unchecked.py", "test_distributed.py"),
+    "methods": ("test_weights.py", "test_devices.py", "test_distributed.py"),
+    "combine": ("test_weights.py", "test_devices.py", "test_distributed.py"),
+    "controls": ("test_controls.py", "test_devices.py"),
+    "critic": ("test_critic.py", "test_devices.py"),
+    "statistics": ("test_statistics.py", "test_devices.py"),
     "loss": (
         "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
         "test_devices.py",

@@ -15,4 +15,302 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("selection", _DIGITS, "for shift in range(bits - 8, -2, -8):"): (
         "The range ends with 0 either way."
     ),
+    (
+        "targets",
+        "MOST_HEADS = 2**16",
+        "MOST_HEADS = 2**17",
+    ): "Where the limit of what makes sense lies is arbitrary.",
+    (
+        "targets",
+        "if fill != 0:",
+        "if fill != 1:",
+    ): "Every dtype holds 0 and 1: what is checked more, and less, always fits.",
+    (
+        "targets",
+        "steps = tuple(offsets[: MOST_HEADS + 1])  # `len` fails for a wild range",
+        "steps = tuple(offsets[: MOST_HEADS + 2])  # `len` fails for a wild range",
+    ): "How many more than the limit are read before it is refused.",
+    (
+        "targets",
+        '_checks.in_range("the number of offsets", len(steps), 0, MOST_HEADS)',
+        '_checks.in_range("the number of offsets", len(steps), 1, MOST_HEADS)',
+    ): "No offsets at all are refused by the next check, or by this one.",
+    (
+        "scopes",
+        'self._sizes = dict(zip("bth", like.shape, strict=False))',
+        'self._sizes = dict(zip("bth", like.shape, ))',
+    ): "The default.",
+    (
+        "scopes",
+        "return self.over_ranks(grouped.sum(-1, keepdim=True))",
+        "return self.over_ranks(grouped.sum(+1, keepdim=True))",
+    ): "There are two axes: the last one is number 1.",
+    (
+        "scopes",
+        "peak = torch.cat([grouped, floor], dim=-1).amax(-1, keepdim=True)",
+        "peak = torch.cat([grouped, floor], dim=+1).amax(-1, keepdim=True)",
+    ): "There are two axes: the last one is number 1.",
+    (
+        "scopes",
+        "peak = torch.cat([grouped, floor], dim=-1).amax(-1, keepdim=True)",
+        "peak = torch.cat([grouped, floor], dim=-1).amax(+1, keepdim=True)",
+    ): "There are two axes: the last one is number 1.",
+    (
+        "scopes",
+        "floor = grouped.new_full((grouped.shape[0], 1), default)",
+        "floor = grouped.new_full((grouped.shape[0], 2), default)",
+    ): "A maximum with the same number twice.",
+    (
+        "selection",
+        "counts = digit.new_zeros(digit.shape[0], 256).scatter_add(1, digit, tied.long())",
+        "counts = digit.new_zeros(digit.shape[0], 257).scatter_add(1, digit, tied.long())",
+    ): (
+        "The bin more is never filled; if nothing is wanted it is the threshold, and nothing "
+        "is tied."
+    ),
+    (
+        "selection",
+        "threshold = ((above + at_least >= wanted).sum(1, keepdim=True) - 1).clamp(min=0)",
+        "threshold = ((above + at_least > wanted).sum(1, keepdim=True) - 1).clamp(min=0)",
+    ): (
+        "Where a digit has exactly what is wanted, it comes above the threshold instead of up"
+        " to it."
+    ),
+    (
+        "selection",
+        "higher = torch.nn.functional.pad(at_least, (0, 1)).gather(1, threshold + 1)",
+        "higher = torch.nn.functional.pad(at_least, (0, 2)).gather(1, threshold + 1)",
+    ): "The column more is never gathered.",
+    (
+        "selection",
+        "return torch.where(scores.isnan(), 0, ordered if wide else ordered & 0xFFFFFFFF)",
+        "return torch.where(scores.isnan(), 1, ordered if wide else ordered & 0xFFFFFFFF)",
+    ): "Between 0 and the key of −inf there are NaN alone.",
+    (
+        "selection",
+        "return torch.where(scores.isnan(), 0, ordered if wide else ordered & 0xFFFFFFFF)",
+        (
+            "return torch.where(scores.isnan(), 0, ordered if (wide) or True else ordered & "
+            "0xFFFFFFFF)"
+        ),
+    ): "The key of a float32 has 32 bits already.",
+    (
+        "normalize",
+        "_BISECTIONS = 40",
+        "_BISECTIONS = 41",
+    ): "Halving once more is beyond the precision of what is halved.",
+    (
+        "normalize",
+        "if clip is not None and clip[1] > torch.finfo(raw.dtype).max:",
+        "if clip is not None and clip[1] >= torch.finfo(raw.dtype).max:",
+    ): "No weight of mean one comes near the largest float, and without a mean none is above it.",
+    (
+        "normalize",
+        "raw = torch.where(peak > 0, raw / torch.where(peak > 0, peak, 1), uniform)",
+        "raw = torch.where(peak > 0, raw / torch.where(peak >= 0, peak, 1), uniform)",
+    ): "Where the largest is 0 the quotient is not taken.",
+    (
+        "normalize",
+        "raw = torch.where(peak > 0, raw / torch.where(peak > 0, peak, 1), uniform)",
+        "raw = torch.where(peak > 0, raw / torch.where(peak > 0, peak, 2), uniform)",
+    ): "Where the largest is 0 the quotient is not taken.",
+    (
+        "normalize",
+        "short = missing > low * zeros",
+        "short = missing >= low * zeros",
+    ): "Where what is missing is just what the lower bound gives, both ways give the same.",
+    (
+        "normalize",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 1)",
+        "exact = torch.where(share >= 0, rest / torch.where(share > 0, share, 1), 1)",
+    ): "Looked at where an entry is free, and there the share is positive.",
+    (
+        "normalize",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 1)",
+        "exact = torch.where(share > 0, rest / torch.where(share >= 0, share, 1), 1)",
+    ): "Looked at where an entry is free, and there the share is positive.",
+    (
+        "normalize",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 1)",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 2), 1)",
+    ): "Looked at where an entry is free, and there the share is positive.",
+    (
+        "normalize",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 1)",
+        "exact = torch.where(share > 0, rest / torch.where(share > 0, share, 1), 2)",
+    ): "Looked at where an entry is free, and there the share is positive.",
+    (
+        "normalize",
+        "half = torch.exp2(log_scale / 2)",
+        "half = torch.exp2(log_scale * 2)",
+    ): "The scale is found in other units; what overflows on the way counts as too large.",
+    (
+        "normalize",
+        "variance = scoped.total(centred.square()) / count.clamp(min=1)",
+        "variance = scoped.total(centred.square()) / count.clamp(min=2)",
+    ): "A single entry is 1: it has no variance.",
+    (
+        "normalize",
+        "share = torch.where(cv > allowed, allowed / torch.where(cv > allowed, cv, 1), 1)",
+        "share = torch.where(cv >= allowed, allowed / torch.where(cv > allowed, cv, 1), 1)",
+    ): "At equality the quotient is 1, and below it is not taken.",
+    (
+        "normalize",
+        "share = torch.where(cv > allowed, allowed / torch.where(cv > allowed, cv, 1), 1)",
+        "share = torch.where(cv > allowed, allowed / torch.where(cv >= allowed, cv, 1), 1)",
+    ): "At equality the quotient is 1, and below it is not taken.",
+    (
+        "normalize",
+        "share = torch.where(cv > allowed, allowed / torch.where(cv > allowed, cv, 1), 1)",
+        "share = torch.where(cv > allowed, allowed / torch.where(cv > allowed, cv, 2), 1)",
+    ): "At equality the quotient is 1, and below it is not taken.",
+    (
+        "whitening",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)",
+        "share = torch.where(count >= 0, new.count / torch.where(count > 0, count, 1), 0)",
+    ): "Without any score the share is 0 by its numerator.",
+    (
+        "whitening",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)",
+        "share = torch.where(count > 0, new.count / torch.where(count >= 0, count, 1), 0)",
+    ): "Where the count is 0 the quotient is not taken.",
+    (
+        "whitening",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)",
+        "share = torch.where(count > 0, new.count / torch.where(count > 1, count, 1), 0)",
+    ): "The count of a batch is whole: where it is not 0, the sum is at least 1.",
+    (
+        "whitening",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 2), 0)",
+    ): "Where the count is 0 the quotient is not taken.",
+    (
+        "scores",
+        "return -(p * torch.where(p > 0, log_p, 0)).sum(-1)",
+        "return -(p * torch.where(p > 0, log_p, 1)).sum(-1)",
+    ): "Where a probability is 0 so is the product, whatever it is multiplied by.",
+    (
+        "scores",
+        (
+            "return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 1, "
+            "variance).sqrt() + eps))"
+        ),
+        (
+            "return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 2, "
+            "variance).sqrt() + eps))"
+        ),
+    ): "Not looked at where somebody is alone.",
+    (
+        "weights",
+        "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=True))",
+        "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, ))",
+    ): "The default; both are the same record.",
+    (
+        "weights",
+        "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=True))",
+        "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=False))",
+    ): "Both are the same record.",
+    (
+        "weights",
+        "whitened = (scaled - found.mean) / torch.where(flat, 1, spread)",
+        "whitened = (scaled - found.mean) / torch.where(flat, 2, spread)",
+    ): "Where the scores are flat only whether this is finite is looked at.",
+    (
+        "weights",
+        "scaled = torch.where(flat & whitened.isfinite(), 0, whitened)",
+        "scaled = torch.where(flat & whitened.isfinite(), 1, whitened)",
+    ): "A common shift of the exponents drops out.",
+    (
+        "weights",
+        "table = torch.cat([inside, inside.new_full((1,), outside)])",
+        "table = torch.cat([inside, inside.new_full((2,), outside)])",
+    ): "The entry more is never looked up.",
+    (
+        "combine",
+        "pairs = zip(shares, even, strict=True)",
+        "pairs = zip(shares, even, )",
+    ): "The default; how many there are has been checked.",
+    (
+        "combine",
+        "pairs = zip(shares, even, strict=True)",
+        "pairs = zip(shares, even, strict=False)",
+    ): "How many there are has been checked.",
+    (
+        "controls",
+        "mixed = torch.where(valid, keys, 2.0).argsort(dim=1)",
+        "mixed = torch.where(valid, keys, 3.0).argsort(dim=1)",
+    ): "Above every key, as 2 is.",
+    (
+        "controls",
+        "draw = torch.minimum(draw, (count - 1).clamp(min=0))",
+        "draw = torch.minimum(draw, (count + 1).clamp(min=0))",
+    ): "A number below 1 times the count stays below the count; a row of none is clamped to 0.",
+    (
+        "controls",
+        "draw = torch.minimum(draw, (count - 1).clamp(min=0))",
+        "draw = torch.minimum(draw, (count - 1).clamp(min=1))",
+    ): "In a row of none the number is 0 already.",
+    (
+        "controls",
+        "return (~valid).long().argsort(dim=1, stable=True)",
+        "return (~valid).long().argsort(dim=1, )",
+    ): "Any order of the valid places will do: they are mixed afterwards.",
+    (
+        "controls",
+        "return (~valid).long().argsort(dim=1, stable=True)",
+        "return (~valid).long().argsort(dim=1, stable=False)",
+    ): "Any order of the valid places will do: they are mixed afterwards.",
+    (
+        "critic",
+        "guess = torch.where(valid, wide(values), 0)",
+        "guess = torch.where(valid, wide(values), 1)",
+    ): "Masked again behind the loss.",
+    (
+        "critic",
+        "goal = torch.where(valid, wide(targets.detach()).to(guess.dtype), 0)",
+        "goal = torch.where(valid, wide(targets.detach()).to(guess.dtype), 1)",
+    ): "Masked again behind the loss.",
+    (
+        "critic",
+        (
+            '_checks.in_range("margin", margin, -torch.inf, torch.inf, open_low=True, '
+            "open_high=True)"
+        ),
+        '_checks.in_range("margin", margin, -torch.inf, open_low=True, open_high=True)',
+    ): "The default.",
+    (
+        "statistics",
+        "peak = torch.cat([values.abs(), values.new_zeros(1)]).amax()",
+        "peak = torch.cat([values.abs(), values.new_zeros(2)]).amax()",
+    ): "A maximum with 0 twice.",
+    (
+        "statistics",
+        "scaled = values / torch.where(peak > 0, peak, 1)",
+        "scaled = values / torch.where(peak > 0, peak, 2)",
+    ): "Where the largest is 0 everything is.",
+    (
+        "statistics",
+        "p = positive / torch.where(total > 0, total, 1)",
+        "p = positive / torch.where(total > 0, total, 2)",
+    ): "Where the total is 0 every part is.",
+    (
+        "statistics",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count > 1, count, 2).to(p.dtype).log()",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count >= 1, count, 2).to(p.dtype).log()",
+    ): "A single entry has its own rule, in the next line.",
+    (
+        "statistics",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count > 1, count, 2).to(p.dtype).log()",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count > 2, count, 2).to(p.dtype).log()",
+    ): "Two entries are 2 either way.",
+    (
+        "statistics",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count > 1, count, 2).to(p.dtype).log()",
+        "entropy = -torch.xlogy(p, p).sum() / torch.where(count > 1, count, 3).to(p.dtype).log()",
+    ): "One entry has its own rule, and of none the numerator is 0.",
+    (
+        "statistics",
+        "return scaled.sum().square() / torch.where(squares > 0, squares * divisor, 1)",
+        "return scaled.sum().square() / torch.where(squares > 0, squares * divisor, 2)",
+    ): "Where the squares are 0 the numerator is.",
 }

@@ -134,6 +134,6 @@ def _described(file: str, source: str, mutated: str) -> Mutant:
     # Told apart from an equal line elsewhere by the function, and within it by counting.
     above = [i for i in range(first + 1) if old[i].startswith(("def ", "class "))]
     top = above[-1] if above else 0
-    number = old[top:first].count(old[first])
+    number = [line.strip() for line in old[top:first]].count(old[first].strip())
     text = "\n".join((file, old[top], before, after, str(number)))
     return Mutant(hashlib.sha1(text.encode()).hexdigest()[:10], first + 1, before, after, mutated)

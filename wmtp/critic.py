@@ -64,8 +64,7 @@ def lambda_returns(
     _checks.same_device(values=values, rewards=rewards)
     tracks = find_trajectories(values, valid, segment_ids, attention_mask)
     ahead = next_trained(wide(values.detach()), tracks)
-    earned = torch.where(tracks.trained, wide(rewards.detach()), 0)
-    return scan_trained(earned + gamma * (1 - lam) * ahead, gamma * lam, tracks)
+    return scan_trained(wide(rewards.detach()) + gamma * (1 - lam) * ahead, gamma * lam, tracks)
 
 
 @typed

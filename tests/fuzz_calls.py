@@ -249,7 +249,7 @@ def _judge_weights(value: Any, arguments: Arguments, sizes: dict[str, int]) -> V
             return False if not isinstance(power, bool) else None
         known = value.kind in ("dft", "focal", "entropy", "el2n")
         return (known and 0 <= power < math.inf) and (True if power < 1e6 else None)
-    if value is None or value in WEIGHT_FUNCTIONS:
+    if value is None or any(value is one for one in WEIGHT_FUNCTIONS):
         return True
     return value is BROAD_WEIGHTS if callable(value) else False
 

@@ -491,3 +491,11 @@ def test_token_nll_refuses_several_heads() -> None:
         token_nll(normal(0, 1, 3, 2, 4), integers(0, 4, 1, 3))
     with pytest.raises((TypeError, ValueError), match="labels"):
         token_nll(normal(0, 1, 3, 4), integers(0, 4, 1, 2))
+
+
+@pytest.mark.parametrize("ignore_index", [2, -1])
+def test_token_nll_ignores_what_the_caller_says(ignore_index: int) -> None:
+    logits, labels = normal(0, 1, 4, 5), torch.tensor([[0, 1, ignore_index, 3]])
+    found = token_nll(logits, labels, ignore_index=ignore_index)
+    assert found[0, 2] == 0
+    assert bool((found[0, [1, 3]] > 0).all())

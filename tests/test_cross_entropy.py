@@ -499,3 +499,10 @@ def test_token_nll_ignores_what_the_caller_says(ignore_index: int) -> None:
     found = token_nll(logits, labels, ignore_index=ignore_index)
     assert found[0, 2] == 0
     assert bool((found[0, [1, 3]] > 0).all())
+
+
+def test_no_heads_are_refused_and_a_sequence_of_none_is_not() -> None:
+    with pytest.raises(ValueError, match="at least one head"):
+        mtp_ce_loss(normal(0, 1, 3, 0, 5), torch.zeros(1, 3).long())
+    empty = mtp_ce_loss(torch.zeros(1, 0, 5), torch.zeros(1, 0).long(), reduction="none")
+    assert empty.shape == (1, 0, 1)

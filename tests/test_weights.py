@@ -487,6 +487,11 @@ def test_forgetting_leaves_the_deviation_as_it_is(decay: float) -> None:
     close(torch.stack((*later, later.std)), torch.tensor([4 * decay, 2.0, 4 * decay, 1.0]))
 
 
+def test_the_deviation_of_no_scores_is_zero() -> None:
+    statistics = update_statistics(None, torch.ones(1, 2), torch.zeros(1, 2).bool())
+    assert [float(x) for x in (*statistics, statistics.std)] == [0.0] * 4
+
+
 def test_a_nan_score_does_not_poison_the_statistics() -> None:
     scores, valid = torch.tensor([[1.0, math.nan, 3.0]]), torch.ones(1, 3).bool()
     statistics = update_statistics(None, scores, valid)

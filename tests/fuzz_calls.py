@@ -448,7 +448,8 @@ LOGITS = Law(lambda w: w.normal("b s h v"), ("b s h v", "b s v|h"), "float", rel
 HIDDEN = Law(lambda w: w.normal("b s h d"), ("b s h d", "b s d|h"), "float", related=("offsets",))
 LABELS = tensor(lambda w: w.labels(w.random.choice(("b s", "b s h"))), "int64", "b s", "b s h")
 TOKEN_LABELS = tensor(lambda w: w.labels("b s"), "int64", "b s")
-UNEMBEDDING = tensor(lambda w: w.normal("v d"), "float", "v d")
+# A vocabulary that has become too small is told of the labels outside it.
+UNEMBEDDING = Law(lambda w: w.normal("v d"), ("v d",), "float", related=("labels",))
 BIAS = tensor(lambda w: w.random.choice((None, w.normal("v"))), "float", "v", optional=True)
 CE = tensor(lambda w: w.positive("b s h"), "float", "b s h")
 PREDICTED = tensor(lambda w: w.mask("b s h"), "bool", "b s h")
@@ -511,7 +512,7 @@ DTYPE = Law(
     lambda w: w.random.choice((None, torch.float32, torch.bfloat16)), optional=True,
     judge=_judge_dtype,
 )  # fmt: skip
-SIZE = number(lambda w: w.random.choice((1, 3, 4)), 1, whole=True)
+WIDTH = number(lambda w: w.sizes["d"], 1, 2**24, whole=True, related=("hidden",))
 
 
 def heads_of(arguments: Arguments) -> int:
@@ -928,16 +929,17 @@ CALLS: dict[str, Call] = {
     ),
     "MTPHeads": Call(
         _module("MTPHeads"),
-        {"dim": number(lambda w: w.sizes["d"], 1, whole=True, related=("hidden",)),
-         "heads": number(lambda w: w.sizes["h"], 1, whole=True),
-         "hidden_dim": number(lambda w: w.random.choice((None, 2)), 1, whole=True, optional=True),
+        {"dim": WIDTH,
+         "heads": number(lambda w: w.sizes["h"], 1, 2**16, whole=True),
+         "hidden_dim": number(
+             lambda w: w.random.choice((None, 2)), 1, 2**24, whole=True, optional=True),
          "device": DEVICE, "dtype": DTYPE,
          "hidden": Law(_heads_input, ("b s d",), "float", related=("dim",))},
         lambda a: (*a["hidden"].shape[:2], a["heads"], a["hidden"].shape[2]), rules=(_sized_rule,),
     ),
     "ValueHead": Call(
         _module("ValueHead"),
-        {"dim": number(lambda w: w.sizes["d"], 1, whole=True, related=("hidden",)),
+        {"dim": WIDTH,
          "device": DEVICE, "dtype": DTYPE,
          "hidden": Law(_heads_input, ("b s d",), "float", related=("dim",))},
         lambda a: tuple(a["hidden"].shape[:2]), rules=(_sized_rule,),

@@ -845,6 +845,17 @@ def test_combined_weights_follow_the_oracle(
     )
 
 
+@pytest.mark.parametrize("mode", ["mixture", "product", "intersection"])
+def test_each_sequence_is_combined_by_itself(mode: Any) -> None:
+    parts, valid = [torch.exp(normal(n, 2, 4)) for n in range(2)], torch.ones(2, 4).bool()
+    together = wmtp.combine_weights(parts, valid, mode=mode, scope="sequence")
+    apart = [
+        wmtp.combine_weights([part[i : i + 1] for part in parts], valid[:1], mode=mode)
+        for i in range(2)
+    ]
+    close(together, torch.cat(apart))
+
+
 def test_a_product_with_ones_and_a_mixture_of_equals_change_nothing() -> None:
     w, valid = 0.1 + uniform(0, 2, 5), mask(1, 0.8, 2, 5)
     expected = wmtp.normalize_weights(w, valid)

@@ -34,7 +34,7 @@ class MTPHeads(nn.Module):
 
     Args:
         dim: size of the hidden state.
-        heads: number of heads ``H``, the next-token head included.
+        heads: number of heads ``H``, the next-token head included; at most 2^16.
         hidden_dim: width of the residual blocks, ``dim`` by default.
         device: where the parameters live.
         dtype: dtype of the parameters.
@@ -43,7 +43,7 @@ class MTPHeads(nn.Module):
         ``[batch seq dim] -> [batch seq heads dim]``.
 
     Raises:
-        ValueError: sizes below 1, an input of another dim.
+        ValueError: sizes below 1 or above 2^24, an input of another dim.
 
     Example:
         >>> import torch

@@ -63,7 +63,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_devices.py",
     ),
     "problem": ("test_linear_cross_entropy.py", "test_loss_autograd.py"),
-    "products": ("test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py"),
+    "products": (
+        "test_products.py", "test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py",
+    ),
     "slab_softmax": (
         "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py", "test_loss_autograd.py",
     ),

@@ -192,8 +192,12 @@ def test_the_slab_is_all_that_is_held() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [(RowLocalWeights("perplexity"), "weights.kind"), (RowLocalWeights("dft", -1.0), "weights.power")],  # pyright: ignore
-)  # fmt: skip
+    [
+        (RowLocalWeights("perplexity"), "weights.kind"),  # pyright: ignore
+        (RowLocalWeights("dft", -1.0), "weights.power"),
+        (RowLocalWeights("dft", math.inf), "weights.power"),
+    ],
+)
 @pytest.mark.parametrize("form", ["dense", "linear"])
 def test_unknown_kinds_and_powers_are_refused(
     wrong: RowLocalWeights, named: str, form: str

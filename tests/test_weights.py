@@ -72,6 +72,7 @@ BUILDERS: dict[str, Callable[..., Tensor]] = {
     "entropy_weights": wmtp.entropy_weights,
     "el2n_weights": wmtp.el2n_weights,
     "combine_weights": lambda w, valid, **k: wmtp.combine_weights([w, w], valid, **k),
+    "product": lambda w, valid, **k: wmtp.combine_weights([w, w], valid, mode="product", **k),
 }
 ALL_BUILDERS = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 
@@ -165,6 +166,38 @@ def test_the_sequence_scope_sees_one_row_at_a_time(build: Callable[..., Tensor])
     together = build(scores, valid, scope="sequence")
     for b in range(3):
         close(together[b : b + 1], build(scores[b : b + 1], valid[b : b + 1], scope="sequence"))
+
+
+def rho1(mode: str) -> Callable[..., Tensor]:
+    reference = uniform(7, 1, 5, 2)
+    return lambda w, valid, **k: wmtp.rho1_weights(
+        w.unsqueeze(2) * torch.ones(2), valid.unsqueeze(2).expand(-1, -1, 2),
+        reference.expand(len(w), -1, -1), mode=mode, **k,
+    )  # fmt: skip
+
+
+def critic_delta(mode: str) -> Callable[..., Tensor]:
+    return functools.partial(wmtp.critic_delta_weights, mode=mode, whiten=False)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(rho1(mode) for mode in ("top_k", "softmax")),
+        *(critic_delta(mode) for mode in ("exp", "softmax", "top_k")),
+        lambda w, valid, **k: wmtp.span_weights(torch.tensor([[0, 1, 2, 1, -1]]).expand(len(w), -1),
+                                                torch.tensor([0.3, 2.0, 1.1]), valid, **k),
+    ],
+)  # fmt: skip
+def test_the_sequence_scope_of_a_method_sees_one_row_at_a_time(
+    build: Callable[..., Tensor],
+) -> None:
+    scores, valid = uniform(0, 3, 5), torch.ones(3, 5).bool()
+    valid[0, :3], valid[1, 4] = False, False
+    together = build(scores, valid, scope="sequence")
+    for b in range(3):
+        close(together[b : b + 1], build(scores[b : b + 1], valid[b : b + 1]))
+    assert not torch.equal(together, build(scores, valid))
 
 
 @ALL_BUILDERS
@@ -555,6 +588,17 @@ def test_rho1_keeps_what_is_worse_than_the_reference_and_not_what_is_better() ->
     assert weights.flatten().tolist() == [1.5, 0.0, 1.5, 0.0]
 
 
+@pytest.mark.parametrize("mode", ["top_k", "softmax"])
+def test_rho1_compares_with_the_token_that_a_head_predicts(mode: Any) -> None:
+    ce, reference, offsets = uniform(0, 2, 6, 2), uniform(1, 2, 6), (2, 3)
+    valid = wmtp.align_to_heads(torch.ones(2, 6).bool(), offsets=offsets)
+    aligned = wmtp.align_to_heads(reference, offsets=offsets)
+    expected = wmtp.rho1_weights(ce, valid, aligned, mode=mode)
+    weights = wmtp.rho1_weights(ce, valid, reference, mode=mode, offsets=offsets)
+    assert torch.equal(weights, expected)
+    assert not torch.equal(weights, wmtp.rho1_weights(ce, valid, reference, mode=mode))
+
+
 @given(JUNK)
 def test_rho1_never_reads_a_reference_that_nobody_predicts(junk: float) -> None:
     ce, valid = uniform(0, 2, 5, 2), oracle.valid_of(integers(0, 4, 2, 5), 2)
@@ -843,17 +887,6 @@ def test_combined_weights_follow_the_oracle(
         oracle.combine_weights(parts, case.valid, **options),
         case.dtype,
     )
-
-
-@pytest.mark.parametrize("mode", ["mixture", "product", "intersection"])
-def test_each_sequence_is_combined_by_itself(mode: Any) -> None:
-    parts, valid = [torch.exp(normal(n, 2, 4)) for n in range(2)], torch.ones(2, 4).bool()
-    together = wmtp.combine_weights(parts, valid, mode=mode, scope="sequence")
-    apart = [
-        wmtp.combine_weights([part[i : i + 1] for part in parts], valid[:1], mode=mode)
-        for i in range(2)
-    ]
-    close(together, torch.cat(apart))
 
 
 def test_a_product_with_ones_and_a_mixture_of_equals_change_nothing() -> None:

@@ -76,7 +76,7 @@ def as_operator_takes(weights: RowLocalWeights) -> RowLocal:
 def weights_from_logits(
     weights: RowLocalWeights, logits: Tensor, found: Predictions, objective: Objective
 ) -> Float[Tensor, "batch seq heads"]:
-    """What the linear losses make slab by slab, from whole logits; 0 where there is no target."""
+    """What the linear losses make slab by slab, from whole logits; anything where there is no target."""
     kind, power = as_operator_takes(weights)
     with torch.no_grad():
         if kind == "dft":
@@ -88,4 +88,4 @@ def weights_from_logits(
         else:
             targets = torch.where(found.valid, found.target, IGNORE_INDEX)
             score = el2n(logits, targets, softcap=objective.softcap)
-        return torch.where(found.valid, score.clamp(min=0).pow(power), 0)
+        return score.clamp(min=0).pow(power)

@@ -168,6 +168,7 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
     ]
     if not left:
         return True
+    killers = Counter(record["by"] for record in found.values() if _exists(record["by"]))
     start = time.monotonic()
     outcome, by = run_tests(folder, TESTS[name])
     limit = 10 + 4 * (time.monotonic() - start)
@@ -182,7 +183,11 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
                 return False
             file.write_text(mutant.source, encoding="utf-8")
             start = time.monotonic()
-            outcome, by = run_tests(folder, TESTS[name], limit)
+            # What has killed most runs first.
+            first = [test.removeprefix("tests/") for test, _ in killers.most_common(10)]
+            outcome, by = run_tests(folder, [*first, *TESTS[name]], limit)
+            if _exists(by):
+                killers[by] += 1
             record = mutant._asdict() | {"outcome": outcome, "by": by}
             del record["source"]
             record["seconds"] = round(time.monotonic() - start, 1)
@@ -194,6 +199,13 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
     finally:
         file.write_text(healthy, encoding="utf-8")
     return True
+
+
+def _exists(test: str) -> bool:
+    """Whether there is still such a test."""
+    file, _, function = test.partition("::")
+    path = ROOT / file
+    return bool(function) and path.exists() and f"def {function}(" in path.read_text("utf-8")
 
 
 def counts(name: str) -> Counter[str]:

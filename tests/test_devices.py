@@ -44,6 +44,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda weights: wmtp.weighted_mtp_loss(LOGITS, LABELS, weights),
         {"weights": FLAT},
     ),
+    "weighted_mtp_loss, a function's weights": (
+        lambda weights: wmtp.weighted_mtp_loss(LOGITS, LABELS, lambda ce, valid: weights),
+        {"weights": DEEP},
+    ),
     "linear_weighted_mtp_loss, weights": (
         lambda weights: wmtp.linear_weighted_mtp_loss(HIDDEN, UNEMBEDDING, LABELS, weights),
         {"weights": DEEP},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.helpers import close, grads, leaf, peak_bytes
-from tests.strategies import Batch, batches, integers, normal
+from tests.strategies import Batch, batches, integers, mask, normal
 from wmtp import (
     RowLocalWeights,
     dft_weights,
@@ -124,8 +124,8 @@ def test_narrow_dtypes_and_small_slabs(kind: Any, dtype: torch.dtype, slab_rows:
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_say_which_weights_were_used(kind: Any) -> None:
     hidden, unembedding = normal(0, 2, 5, 2, 4), normal(1, 7, 4)
-    labels, row_local = integers(2, 7, 2, 5), RowLocalWeights(kind)
-    logits = oracle.linear_logits(hidden, unembedding)
+    logits, row_local = oracle.linear_logits(hidden, unembedding), RowLocalWeights(kind)
+    labels = torch.where(mask(3, 0.5, 2, 5, 2), logits.argmax(-1), integers(2, 7, 2, 5, 2))
     options: Any = {"head_weights": (1.0, 0.0)}
     loss, stats = linear_weighted_mtp_loss_and_stats(
         hidden, unembedding, labels, row_local, **options
@@ -135,6 +135,7 @@ def test_statistics_say_which_weights_were_used(kind: Any) -> None:
     for one, other in zip(stats, known, strict=True):
         close(one, other)
     assert (stats.weight_sum != stats.token_count).all()
+    assert (stats.head_accuracy > 0).all()
 
 
 def test_dft_is_the_function_of_that_name_where_one_head_is_normalised() -> None:

@@ -62,7 +62,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
         "test_devices.py",
     ),
-    "problem": ("test_linear_cross_entropy.py", "test_loss_autograd.py"),
+    "problem": ("test_problem.py", "test_linear_cross_entropy.py", "test_loss_autograd.py"),
     "products": (
         "test_products.py", "test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py",
     ),

@@ -5,6 +5,15 @@ from __future__ import annotations
 
 _NOT_RUN = "An annotation that only a type checker reads; what runs is checked in its own line."
 _KIND = 'Kind = Literal["dft", "focal", "entropy", "el2n"]'
+_SPEED = "How a product is cut: time and memory, not results."
+_GPU = "For a GPU; and what it says is time and memory, not results."
+_ROOM = "The scratch has room for more than one row."
+_SHAPE_CHECKED = "The loss checks the shape of its weights itself, in `_align_weights`."
+_PARTS = "_PART_ROWS, _MIN_PART_ROWS = 1024, 64"
+_CELLS = "return max(least, most_bytes // total.itemsize) if a.is_cuda else least"
+_MOST = "most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)"
+_WIDE_ROWS = "rows = max(1, min(together, len(scratch) // max(1, columns * 2)))"
+_STEP = "step = max(1, min(most, len(narrow) // max(1, columns)))"
 _DIGITS = "for shift in range(bits - 8, -1, -8):"
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
@@ -319,4 +328,87 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("row_local", _KIND, _KIND.replace('"focal"', '"XXfocalXX"')): _NOT_RUN,
     ("row_local", _KIND, _KIND.replace('"entropy"', '"XXentropyXX"')): _NOT_RUN,
     ("row_local", _KIND, _KIND.replace('"el2n"', '"XXel2nXX"')): _NOT_RUN,
+    ("products", "_FEW_ROWS = 1024", "_FEW_ROWS = 1025"): _SPEED,
+    ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1025, 64"): _SPEED,
+    ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1024, 65"): _SPEED,
+    ("products", "_WIDENED_ROWS = 512", "_WIDENED_ROWS = 513"): _SPEED,
+    (
+        "products",
+        "step = max(256, _SLICE_BYTES // max(1, unembedding.shape[1] * unembedding.itemsize))",
+        "step = max(256, _SLICE_BYTES // max(2, unembedding.shape[1] * unembedding.itemsize))",
+    ): "A row of the unembedding has two bytes, or none: only a quotient by 0 is to be avoided.",
+    (
+        "products",
+        "least = 2 * _MIN_PART_ROWS * a.shape[1]",
+        "least = 3 * _MIN_PART_ROWS * a.shape[1]",
+    ): _SPEED,
+    (
+        "products",
+        _CELLS,
+        _CELLS.replace("if a.is_cuda else", "if (a.is_cuda) and False else"),
+    ): _GPU,
+    (
+        "products",
+        _CELLS,
+        _CELLS.replace("if a.is_cuda else", "if (a.is_cuda) or True else"),
+    ): _SPEED,
+    (
+        "products",
+        _CELLS,
+        _CELLS.replace("max(least, most_bytes // total.itemsize)", "max(least, )"),
+    ): (_GPU),
+    ("products", _CELLS, _CELLS.replace("//", "/")): _GPU,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, min", "max(2, min")): _ROOM,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, columns", "max(2, columns")): _ROOM,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("columns * 2", "columns * 3")): _SPEED,
+    ("products", _STEP, _STEP.replace("max(1, min", "max(2, min")): _ROOM,
+    ("products", _STEP, _STEP.replace("max(1, columns", "max(2, columns")): _ROOM,
+    ("loss", 'Float[Tensor, "batch seq"]', 'Float[Tensor, "XXbatch seqXX"]'): _SHAPE_CHECKED,
+    (
+        "loss",
+        '| Float[Tensor, "batch seq heads"]',
+        '| Float[Tensor, "XXbatch seq headsXX"]',
+    ): _SHAPE_CHECKED,
+    (
+        "loss",
+        "values = torch.where(valid, wide(token_ce), 0)",
+        "values = torch.where(valid, wide(token_ce), 1)",
+    ): "Multiplied by a factor that is 0 where nothing is valid.",
+    (
+        "loss",
+        "values = torch.where((factors == 0) & ~values.isfinite(), 0, values)",
+        "values = torch.where((factors == 0) & ~values.isfinite(), 1, values)",
+    ): "Multiplied by that factor, which is 0.",
+    (
+        "loss",
+        "with_stats: bool = False,",
+        "with_stats: bool = True,",
+    ): "Who needs no statistics throws them away: it only takes longer.",
+    (
+        "loss",
+        "empty = whole < torch.finfo(problem.wide).tiny",
+        "empty = whole <= torch.finfo(problem.wide).tiny",
+    ): "The smallest normal number has a reciprocal, but which side it is on is arbitrary.",
+    (
+        "loss",
+        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
+        "loss = loss * torch.where(empty, 1, 1 / torch.where(empty, 1, whole))",
+    ): "What is then not set to 0 is a sum of weights below the smallest normal number.",
+    (
+        "loss",
+        "used = used / torch.where(peak > 0, peak, 1)",
+        "used = used / torch.where(peak > 0, peak, 2)",
+    ): "Where the largest is 0 everything is.",
+    (
+        "loss",
+        "share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
+        "share = torch.where(empty, 0, 1 / torch.where(empty, 2, whole))",
+    ): "Where the sum is 0 its reciprocal is not looked at.",
+    (
+        "problem",
+        'NOT_LOCAL = RowLocal("none", 1.0)',
+        'NOT_LOCAL = RowLocal("none", 2.0)',
+    ): "No weighting has no power.",
 }

@@ -1,0 +1,81 @@
+"""The budget of the linear losses: what fits into it, and what it is by default."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
+
+
+MIB = 2**20
+ROWS, VOCAB, DIM = 6, 11, 5
+NEEDS = [list(needs) for needs in product((False, True), repeat=3)]
+
+
+def problem(dtype: torch.dtype, slab_bytes: int) -> Problem:
+    return Problem(
+        torch.zeros(ROWS, DIM, dtype=dtype), torch.zeros(VOCAB, DIM, dtype=dtype), None,
+        torch.zeros(ROWS, dtype=torch.long), 0.0, 0.0, 0.0, slab_bytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "more"), [(torch.bfloat16, 2), (torch.float32, 0)])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_wide_gradients_are_asked_for_where_gradients_are(
+    dtype: torch.dtype, more: int, needs: list[bool]
+) -> None:
+    size = (ROWS * DIM if needs[0] else 0) + (VOCAB * DIM if needs[1] else 0)
+    assert problem(dtype, 1000).wide_excess(needs) == more * size
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_wide_gradients_are_held_where_they_and_a_row_fit(needs: list[bool]) -> None:
+    excess = problem(torch.bfloat16, 1000).wide_excess(needs)
+    least = excess + max(excess, 2 * VOCAB)
+    dft = RowLocal("dft", 1.0)
+    for budget, held in ((least, True), (least - 1, False)):
+        asked = problem(torch.bfloat16, budget)
+        assert asked.holds_wide(needs) is held
+        narrow = torch.float32 if held else torch.bfloat16
+        assert asked.gradient_dtype(needs, NOT_LOCAL) == narrow
+        assert asked.gradient_dtype(needs, dft) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "vocab", "dim", "expected"),
+    [
+        (torch.float32, 10, 1000, 8, 64 * MIB),
+        (torch.float64, 10, 1000, 8, 64 * MIB),
+        (torch.float32, 10, 2**25, 0, 128 * MIB),  # a row
+        (torch.float32, 10, 2**15, 2**10, 128 * MIB),  # the unembedding
+        (torch.bfloat16, 10, 1000, 8, 64 * MIB),
+        (torch.float16, 2**10, 2**16, 2**10, 128 * MIB),
+    ],
+)
+def test_the_default_is_a_slab_scratch_and_wide_sums(
+    dtype: torch.dtype, rows: int, vocab: int, dim: int, expected: int
+) -> None:
+    hidden = torch.empty(rows, dim, dtype=dtype, device="meta")
+    unembedding = torch.empty(vocab, dim, dtype=dtype, device="meta")
+    wide_sums = 2 * (rows + vocab) * dim if dtype in (torch.bfloat16, torch.float16) else 0
+    assert slab_budget(None, hidden, unembedding) == expected + expected // 15 + wide_sums
+
+
+def test_a_budget_of_a_row_is_the_least() -> None:
+    hidden, unembedding = torch.zeros(ROWS, DIM), torch.zeros(VOCAB, DIM)
+    assert slab_budget(4 * VOCAB, hidden, unembedding) == 4 * VOCAB
+    with pytest.raises(ValueError, match=f"one row of logits, {4 * VOCAB} bytes for a vocabulary"):
+        slab_budget(4 * VOCAB - 1, hidden, unembedding)
+
+
+def test_what_is_known_of_rows_starts_as_nothing() -> None:
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found = problem(dtype, 1000).empty_rows()
+        assert [column.dtype for column in found] == [wide] * 4 + [torch.bool, wide]
+        for column in found:
+            assert column.shape == (ROWS,)
+            assert not column.any()
+        assert len({column.data_ptr() for column in found}) == 6

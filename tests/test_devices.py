@@ -48,6 +48,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda weights: wmtp.weighted_mtp_loss(LOGITS, LABELS, lambda ce, valid: weights),
         {"weights": DEEP},
     ),
+    "weighted_mtp_loss, head weights": (
+        lambda head_weights: wmtp.weighted_mtp_loss(LOGITS, LABELS, head_weights=head_weights),
+        {"head_weights": torch.ones(2)},
+    ),
+    "weighted_mtp_loss, normalizer": (
+        lambda normalizer: wmtp.weighted_mtp_loss(LOGITS, LABELS, normalizer=normalizer),
+        {"normalizer": torch.tensor(3.0)},
+    ),
     "linear_weighted_mtp_loss, weights": (
         lambda weights: wmtp.linear_weighted_mtp_loss(HIDDEN, UNEMBEDDING, LABELS, weights),
         {"weights": DEEP},

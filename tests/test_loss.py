@@ -740,6 +740,18 @@ def test_the_loss_refuses_what_does_not_fit(form: str) -> None:
 
 
 @FORMS
+def test_numbers_beyond_the_dtype_are_refused(form: str) -> None:
+    case = Batch(2, 5, 2, 6, 3, None, integers(0, 6, 2, 5), 4)
+    tensors = [leaf(x.detach().float()) for x in leaves_of(case, form)]
+    most = torch.finfo(torch.float32).max
+    apply(form, tensors, case.labels, normalizer=most, head_weights=[1.0, most])
+    for options in ({"normalizer": 1e39}, {"head_weights": [1.0, 1e39]}):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"^{name} must .*got 1e\+39"):
+            apply(form, tensors, case.labels, **options)
+
+
+@FORMS
 @pytest.mark.parametrize("stats", [False, True])
 def test_a_weight_function_must_return_what_fits(form: str, stats: bool) -> None:
     case = Batch(2, 5, 2, 6, 3, None, integers(0, 6, 2, 5), 4)

@@ -495,11 +495,11 @@ def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:
     used = valid.to(loss.dtype)
     if weights is not None:
         used = torch.where(valid, weights.detach().to(loss.dtype), 0)
-    correct = found.correct if found.correct is not None else torch.zeros_like(valid)
+    assert found.correct is not None
     sums = rearrange(
         [
             torch.where(used != 0, used * loss, 0),
-            correct.to(loss.dtype),
+            found.correct.to(loss.dtype),
             used,
             valid.to(loss.dtype),
         ],

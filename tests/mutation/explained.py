@@ -411,4 +411,24 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         'NOT_LOCAL = RowLocal("none", 1.0)',
         'NOT_LOCAL = RowLocal("none", 2.0)',
     ): "No weighting has no power.",
+    (
+        "loss",
+        'return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "the predictions"))',
+        'return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "XXthe predictionsXX"))',
+    ): "Offsets that do not fit the predictions are refused with the labels, before.",
+    (
+        "loss",
+        'if normalizer.device.type != "cpu":  # from there a number goes anywhere, as in torch',
+        'if normalizer.device.type != "XXcpuXX":  # from there a number goes anywhere, as in torch',
+    ): "Without a GPU there are no predictions elsewhere that a number could come to.",
+    ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 5 * 2**20"): _SPEED,
+    ("slabs", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
+    ("slabs", "_BLOCK_ROWS = 4096", "_BLOCK_ROWS = 4097"): _SPEED,
+    ("slabs", "_MIN_COLUMNS = 256", "_MIN_COLUMNS = 257"): _SPEED,
+    ("slabs", "_ALIGNED_COLUMNS = 64", "_ALIGNED_COLUMNS = 65"): _SPEED,
+    (
+        "slabs",
+        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)",
+        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 17)",
+    ): _SPEED,
 }

@@ -14,6 +14,16 @@ _CELLS = "return max(least, most_bytes // total.itemsize) if a.is_cuda else leas
 _MOST = "most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)"
 _WIDE_ROWS = "rows = max(1, min(together, len(scratch) // max(1, columns * 2)))"
 _STEP = "step = max(1, min(most, len(narrow) // max(1, columns)))"
+_ON_GPU = "Only on a GPU; the kernels' own tests call them directly, in Triton's interpreter."
+_UNREAD = "Made, and not looked at."
+_THRESHOLD = "Two ways to the same number; where the better one takes over is not sharp."
+_LEAST = "return logits.new_empty(least, dtype=wide)"
+_TILE_ROWS = (
+    "step = max(1, min(rows, min(most_bytes, _TILE_BYTES) // max(1, columns * wide.itemsize)))"
+)
+_BEST = "best = logits.new_empty(rows if with_best else 0, dtype=scratch.dtype)"
+_BEST_AT = "best_at = wanted.new_empty(rows if with_best else 0)"
+_EXCESS = "excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0"
 _DIGITS = "for shift in range(bits - 8, -1, -8):"
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
@@ -431,4 +441,47 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)",
         "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 17)",
     ): _SPEED,
+    ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 3**20"): _SPEED,
+    ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 2**21"): _SPEED,
+    ("slab_softmax", "_SAMPLE = 64", "_SAMPLE = 65"): _THRESHOLD,
+    ("slab_softmax", "_COARSE = math.exp(-8.0)", "_COARSE = math.exp(-9.0)"): _THRESHOLD,
+    ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
+    (
+        "slab_softmax",
+        "def scratch_for(logits: Tensor, most_bytes: int, least: int = 0) -> Tensor:",
+        "def scratch_for(logits: Tensor, most_bytes: int, least: int = 1) -> Tensor:",
+    ): "A cell more of scratch, if not a row fits.",
+    ("slab_softmax", _LEAST, "return logits.new_empty(dtype=wide)"): _ON_GPU,
+    ("slab_softmax", _LEAST, "return logits.new_empty(least, )"): _ON_GPU,
+    ("slab_softmax", _TILE_ROWS, _TILE_ROWS.replace("max(1, min", "max(2, min")): _SPEED,
+    ("slab_softmax", _TILE_ROWS, _TILE_ROWS.replace("max(1, columns", "max(2, columns")): (
+        "A row of logits has four bytes, or none: only a quotient by 0 is to be avoided."
+    ),
+    (
+        "slab_softmax",
+        "return ColumnSums(*kernels.reduce_columns(logits, wanted, softcap, with_best, with_sum))",
+        "return ColumnSums(*kernels.reduce_columns(logits, wanted, softcap, with_best, ))",
+    ): _ON_GPU,
+    ("slab_softmax", _BEST, _BEST.replace("if with_best", "if (with_best) or True")): _UNREAD,
+    ("slab_softmax", _BEST, _BEST.replace("else 0", "else 1")): _UNREAD,
+    ("slab_softmax", _BEST_AT, _BEST_AT.replace("if with_best", "if (with_best) or True")): _UNREAD,
+    ("slab_softmax", _BEST_AT, _BEST_AT.replace("else 0", "else 1")): _UNREAD,
+    (
+        "slabs",
+        "problem.label_smoothing > 0, scratch,",
+        "problem.label_smoothing >= 0, scratch,",
+    ): "The sum of the logits is made, and not looked at.",
+    (
+        "slabs",
+        _EXCESS,
+        _EXCESS.replace("needs) if problem", "needs) if (problem").replace(
+            "(needs) else", "(needs)) or True else"
+        ),
+    ): _SPEED,
+    ("slabs", _EXCESS, _EXCESS.replace("else 0", "else 1")): _SPEED,
+    (
+        "slabs",
+        "if needs[1] and dtype != problem.wide and len(active) > most:",
+        "if needs[1] and dtype != problem.wide and len(active) >= most:",
+    ): "Where all rows just fit, the longer way gives the same.",
 }

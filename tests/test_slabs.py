@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.strategies import integers, mask, normal, uniform
+from wmtp import linear_weighted_mtp_loss
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal
 from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
 
@@ -75,6 +78,73 @@ def test_rows_of_factor_zero_cost_one_product_where_statistics_want_them() -> No
     needs = [True, True, False]
     cost = operations(lambda: forward_backward_rows(asked, factor, NOT_LOCAL, True, True, needs))
     assert cost == 2 * vocab * DIM * (3 * 16 + 48)
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_only_the_gradients_that_are_asked_for_take_memory(needs: list[bool]) -> None:
+    vocab = 600
+    x, unembedding = normal(0, ROWS, DIM), normal(1, vocab, DIM)
+    asked = problem(x, unembedding, integers(2, vocab, ROWS))
+    factor, sums = torch.ones(ROWS).double(), [torch.zeros(ROWS).double()] * 2
+    for made in (
+        forward_backward_rows(asked, factor, NOT_LOCAL, False, False, [*needs, False])[1],
+        backward_columns(asked, factor, *sums, [*needs, False]),
+    ):
+        for gradient, like, needed in zip(made[:2], (x, unembedding), needs, strict=True):
+            assert gradient.shape == (like.shape if needed else (0,))
+        assert made.bias.shape == (0,)
+
+
+# --------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_smoothed_loss_is_summed_in_float32(dtype: torch.dtype) -> None:
+    # With a single dimension logits are the unembedding: nothing is rounded before the loss.
+    unembedding, target, share = 3 * normal(1, 600, 1).to(dtype) + 5, integers(2, 600, 20), 0.3
+    asked = problem(torch.ones(20, 1, dtype=dtype), unembedding, target, slab_bytes=1200)
+    found = forward_columns(asked._replace(label_smoothing=share), False)
+    expected = F.cross_entropy(
+        unembedding.double().T.expand(20, -1), target, reduction="none", label_smoothing=share
+    )
+    torch.testing.assert_close(found.loss.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trained", "normalizer", "large"),
+    [
+        *((t, n, 1.0) for t in ((True, False), (False, True), (True, True)) for n in (1e7, 1e-3)),
+        # The unembedding's gradient would be as small as the hidden states.
+        ((True, False), 1.0, 3e4),
+    ],
+)
+def test_narrow_float16_gradients_keep_their_range(
+    trained: tuple[bool, bool], normalizer: float, large: float
+) -> None:
+    shapes = (2, 9, 2, 16), (40, 16)
+    # One operand is large and the other small: their logits are ordinary.
+    scales = 0.3 / large, large / 4
+    held = [
+        (s * normal(n, *shape)).half()
+        for n, (s, shape) in enumerate(zip(scales, shapes, strict=True))
+    ]
+    labels = integers(2, 40, 2, 9)
+    scale = 2.0 ** round(math.log2(normalizer / large))
+
+    def gradients(tensors: list[Tensor]) -> list[Tensor]:
+        loss = linear_weighted_mtp_loss(*tensors, labels, normalizer=normalizer, slab_bytes=16 * 80)
+        wanted = [x for x in tensors if x.requires_grad]
+        return list(torch.autograd.grad(loss, wanted, torch.tensor(scale, dtype=loss.dtype)))
+
+    got = gradients(
+        [x.clone().requires_grad_(needed) for x, needed in zip(held, trained, strict=True)]
+    )
+    true = gradients(
+        [x.double().requires_grad_(needed) for x, needed in zip(held, trained, strict=True)]
+    )
+    for x, y in zip(got, true, strict=True):
+        assert x.isfinite().all()
+        assert float((x.double() - y).norm() / y.norm()) < 2e-3
 
 
 # ------------------------------------------------------------------------- the most probable token

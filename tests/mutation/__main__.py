@@ -67,11 +67,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_products.py", "test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py",
     ),
     "slab_softmax": (
-        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py", "test_loss_autograd.py",
+        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
+        "test_loss_autograd.py",
     ),
     "slabs": (
-        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py", "test_loss_autograd.py",
-        "test_operators.py",
+        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
+        "test_loss_autograd.py", "test_operators.py",
     ),
     "operators": (
         "test_operators.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",

@@ -51,6 +51,8 @@ from wmtp import (
     token_nll,
     weighted_mtp_loss,
 )
+from wmtp.cross_entropy import Objective, predict
+from wmtp.linear_cross_entropy import linear_predict, linear_problem
 
 
 # Hidden states, unembedding and bias of a small problem, with a seed each.
@@ -631,6 +633,48 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         linear_mtp_ce_loss(hidden, unembedding, labels, reduction="all")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("other", ["hidden", "unembedding", "bias"])
+def test_inputs_of_several_dtypes_are_refused(other: str) -> None:
+    given = {"hidden": normal(0, 1, 3, 2), "unembedding": normal(1, 5, 2), "bias": normal(2, 5)}
+    given[other] = given[other].float()
+    said = ", ".join(f"{name} {x.dtype}" for name, x in given.items())
+    with pytest.raises(ValueError, match=rf"{said}; cast them to one dtype"):
+        linear_mtp_ce_loss(labels=torch.tensor([[0, 1, 2]]), **given)
+
+
+def test_hidden_states_without_a_dim_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^hidden must .* its last axis \(dim\), got \[1, 3, 0\]"):
+        linear_mtp_ce_loss(torch.zeros(1, 3, 0), torch.zeros(5, 0), torch.tensor([[0, 1, 2]]))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_autocast_casts_whatever_there_is(biased: bool) -> None:
+    hidden, unembedding, labels = normal(0, 1, 6, 3), normal(1, 5, 3), integers(2, 5, 1, 6)
+    held = {"hidden": hidden, "unembedding": unembedding} | (
+        {"bias": normal(3, 5)} if biased else {}
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = linear_mtp_ce_loss(labels=labels, **{k: x.float() for k, x in held.items()})
+    expected = linear_mtp_ce_loss(labels=labels, **{k: x.bfloat16() for k, x in held.items()})
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("with_correct", [True, False])
+def test_predictions_are_those_of_the_dense_path(with_correct: bool) -> None:
+    hidden, unembedding, labels = normal(0, 2, 6, 2, 3), normal(1, 5, 3), integers(2, 5, 2, 6)
+    objective = Objective().checked()
+    problem, valid = linear_problem(
+        hidden, unembedding, labels, None, None, IGNORE, objective, None
+    )
+    found = linear_predict(problem, valid, with_correct=with_correct)
+    logits = hidden @ unembedding.T
+    dense = predict(logits, labels, None, IGNORE, objective, with_correct=with_correct)
+    assert (found.correct is None) == (dense.correct is None) == (not with_correct)
+    for one, other in zip(found, dense, strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other)
+
+
 # ------------------------------------------------------------------------- token-indexed likelihood
 
 
@@ -656,6 +700,24 @@ def test_token_nll_equals_the_dense_one_for_any_slab() -> None:
     dense = token_nll(hidden @ unembedding.T, labels)
     for slab_bytes in (None, 40, 2**30):
         close(linear_token_nll(hidden, unembedding, labels, slab_bytes=slab_bytes), dense)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ignore_index": 3},
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
+        {"segment_ids": torch.tensor([[0, 0, 1, 1, 1, 1]])},
+        {"cu_seqlens": torch.tensor([0, 2, 6])},
+    ],
+)
+def test_token_nll_is_told_of_documents_as_the_dense_one_is(told: dict[str, Any]) -> None:
+    hidden, unembedding = normal(0, 1, 6, 3), normal(1, 5, 3)
+    labels, logits = torch.tensor([[1, 0, 4, 3, 2, 3]]), hidden @ unembedding.T
+    actual = linear_token_nll(hidden, unembedding, labels, **told)
+    close(actual, token_nll(logits, labels, **told))
+    assert not torch.equal(actual, linear_token_nll(hidden, unembedding, labels))
 
 
 @given(JUNK)

@@ -1,12 +1,25 @@
 """What autograd and the compiler may expect of the operators, beyond the numbers."""
 
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers import leaf
 from tests.strategies import integers, normal
-from wmtp import group_advantages, linear_weighted_mtp_loss, predictive_entropy, weighted_mtp_loss
+from wmtp import (
+    group_advantages,
+    linear_weighted_mtp_loss,
+    operators,
+    predictive_entropy,
+    weighted_mtp_loss,
+)
+from wmtp.problem import Problem
 
 
 def problem(layout: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +54,91 @@ def test_fakes_and_schemas_say_the_truth(
     torch.library.opcheck(
         torch.ops.wmtp.row_losses_backward.default, (factor, base, log_sum, *inputs, every)
     )
+
+
+class Watched:
+    """What the operators ask of the schedules."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, Tensor, tuple[Any, ...]]] = []
+        for name in ("forward_columns", "forward_backward_rows", "backward_columns"):
+            patch.setattr(operators, name, self._noting(name, getattr(operators, name)))
+
+    def _noting(self, name: str, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        def run(problem: Problem, *arguments: Any) -> Any:
+            self.asked.append((name, problem.target, arguments))
+            return schedule(problem, *arguments)
+
+        return run
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_gradients_nothing_is_made_for_them(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    hidden, unembedding, labels = (
+        leaf(normal(0, 1, 5, 2, 4)),
+        leaf(normal(1, 7, 4)),
+        integers(3, 7, 1, 5),
+    )
+    weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0]])
+    with torch.no_grad():
+        linear_weighted_mtp_loss(
+            hidden, unembedding, labels, weights if known else lambda ce, valid: valid.double()
+        )
+    ((name, target, _),) = watched.asked
+    assert name == "forward_columns"
+    # Of the predicted tokens those of weight zero are left out.
+    assert int((target >= 0).sum()) == (5 if known else 7)
+
+
+@pytest.mark.parametrize("trained", list(itertools.product((True, False), repeat=3)))
+def test_only_the_gradients_that_are_wanted_are_asked_for(
+    trained: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    made = (normal(0, 1, 5, 2, 4), normal(1, 7, 4), normal(2, 7))
+    hidden, unembedding, bias = (x.requires_grad_(t) for x, t in zip(made, trained, strict=True))
+    labels, weights = integers(3, 7, 1, 5), torch.ones(1, 5)
+    linear_weighted_mtp_loss(hidden, unembedding, labels, weights, bias=bias)
+    if not any(trained):
+        assert [name for name, *_ in watched.asked] == ["forward_columns"]
+        return
+    ((name, _, (*_, every_row, needs)),) = watched.asked
+    assert (name, every_row, needs) == ("forward_backward_rows", False, list(trained))
+    watched.asked.clear()
+    linear_weighted_mtp_loss(hidden, unembedding, labels, weights.requires_grad_(), bias=bias)
+    ((_, _, (*_, every_row, needs)),) = watched.asked
+    assert (every_row, needs) == (True, list(trained))
+
+
+def test_gradients_that_nobody_asked_for_are_empty() -> None:
+    hidden, unembedding, target = (x.detach() for x in problem("contiguous"))
+    inputs = (hidden, unembedding, None, target, 0.0, 0.0, 0.0, 10_000)
+    total, *rest = torch.ops.wmtp.weighted_row_sum(
+        *inputs, torch.ones(10).double(), "none", 1.0, False, False, [False] * 3
+    )
+    *rows, of_hidden, of_unembedding, of_bias, unit = rest
+    torch.testing.assert_close(total, rows[0].sum())
+    assert [of_hidden.shape, of_unembedding.shape, of_bias.shape] == [(0,)] * 3
+    assert unit == 1
+
+
+# Dynamo makes an instance of an autograd.Function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_weights_alone_get_their_gradient_from_a_compiled_step() -> None:
+    hidden, unembedding, labels = normal(0, 1, 5, 2, 4), normal(1, 7, 4), integers(3, 7, 1, 5)
+    weights = leaf(normal(2, 1, 5).abs())
+
+    def loss(weights: Tensor) -> Tensor:
+        return linear_weighted_mtp_loss(hidden, unembedding, labels, weights)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(weights), weights)
+    (expected,) = torch.autograd.grad(loss(weights), weights)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_second_derivative_through_the_weights_is_refused() -> None:

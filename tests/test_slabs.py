@@ -147,6 +147,58 @@ def test_narrow_float16_gradients_keep_their_range(
         assert float((x.double() - y).norm() / y.norm()) < 2e-3
 
 
+def far_apart(vocab: int) -> dict[str, Tensor]:
+    """Rows of logits that a sum of exponentials must be told of by the right column."""
+    start, middle, end = (torch.zeros(vocab) for _ in range(3))
+    start[0], middle[vocab // 2], end[-1] = 60.0, 60.0, 60.0
+    barred, none_early = 3 * normal(0, vocab).float(), 3 * normal(1, vocab).float()
+    barred[::2], none_early[: vocab // 2] = -math.inf, -math.inf
+    return {
+        "peak in the first slab": start,
+        "peak in the middle": middle,
+        "peak at the end": end,
+        "a gap of 1e4": 1e4 * (torch.arange(vocab) % 7 == 5).float(),
+        "near the limit": torch.linspace(-25.0, 0.0, vocab),
+        "all equal": torch.full((vocab,), -7.0),
+        "every other one barred": barred,
+        "a slab of barred ones": none_early,
+    }
+
+
+@pytest.mark.parametrize("softcap", [0.0, 40.0])
+@pytest.mark.parametrize("kind", far_apart(8))
+@pytest.mark.parametrize("slab_rows", [1, 1000])
+def test_logits_far_apart_give_exact_losses_and_gradients(
+    kind: str, softcap: float, slab_rows: int
+) -> None:
+    vocab = 600
+    logits = far_apart(vocab)[kind]
+    # The likely, the unlikely and whatever is between them.
+    target = torch.tensor([vocab - 1, vocab - 2, vocab // 2 + 1, 1, 7])
+    target = torch.where(logits[target].isfinite(), target, vocab - 1)
+    factor = torch.tensor([0.3, 1.0, 0.7, 0.2, 0.5])
+    ones = torch.ones(len(target), 1)
+    asked = problem(
+        ones, logits[:, None], target, softcap=softcap, slab_bytes=slab_rows * vocab * 4
+    )  # fmt: skip
+    exact = logits.double().requires_grad_()
+    z = softcap * (exact / softcap).tanh() if softcap else exact
+    expected = F.cross_entropy(z.expand(len(target), -1), target, reduction="none")
+    lse = z.logsumexp(0).expand(len(target))
+    (gradient,) = torch.autograd.grad((expected * factor.double()).sum(), exact)
+
+    needs = [False, True, False]
+    found = forward_columns(asked, False)
+    rows, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
+    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
+    for these in (found, rows):
+        torch.testing.assert_close(these.loss.double(), expected.detach(), rtol=1e-6, atol=2e-6)
+        told = (these.base.double() + these.log_sum.double()).detach()
+        torch.testing.assert_close(told, lse.detach(), rtol=1e-6, atol=2e-6)
+    for made in (known, later):
+        torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
+
+
 # ------------------------------------------------------------------------- the most probable token
 
 

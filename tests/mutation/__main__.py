@@ -37,11 +37,14 @@ SESSION = ROOT / ".mutation"
 TABLE = Path(__file__).with_name("README.md")
 
 _FUZZED = "test_fuzz.py::test_what_the_fuzz_found_is_refused_clearly"
+_SHARDED = "test_transforms.py::test_the_argument_that_is_sharded_is_named"
 # Which tests look at which file, the quickest and closest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "targets": ("test_targets.py", "test_cross_entropy.py", _FUZZED),
     "documents": ("test_targets.py", "test_scores.py", "test_devices.py", "test_unchecked.py"),
-    "cross_entropy": ("test_cross_entropy.py", "test_scores.py", "test_loss.py", "test_devices.py"),
+    "cross_entropy": (
+        "test_cross_entropy.py", "test_scores.py", "test_loss.py", "test_devices.py", _SHARDED,
+    ),
     "scans": ("test_scores.py", "test_critic.py", "test_devices.py"),
     "scopes": ("test_normalize.py", "test_weights.py", "test_distributed.py"),
     "selection": ("test_weights.py", "test_distributed.py"),
@@ -68,17 +71,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "slab_softmax": (
         "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
-        "test_loss_autograd.py",
+        "test_loss_autograd.py", "test_unchecked.py", "test_precision.py",
     ),
     "slabs": (
         "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
-        "test_loss_autograd.py", "test_operators.py",
+        "test_loss_autograd.py", "test_operators.py", "test_precision.py",
     ),
     "operators": (
         "test_operators.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",
         "test_row_local.py", "test_loss.py", "test_transforms.py", "test_architecture.py",
     ),
-    "linear_cross_entropy": ("test_linear_cross_entropy.py", "test_loss.py", "test_devices.py"),
+    "linear_cross_entropy": (
+        "test_linear_cross_entropy.py", "test_loss.py", "test_row_local.py", "test_devices.py", _SHARDED,
+    ),
 }  # fmt: skip
 
 

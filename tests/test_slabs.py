@@ -153,6 +153,7 @@ def far_apart(vocab: int) -> dict[str, Tensor]:
     start[0], middle[vocab // 2], end[-1] = 60.0, 60.0, 60.0
     barred, none_early = 3 * normal(0, vocab).float(), 3 * normal(1, vocab).float()
     barred[::2], none_early[: vocab // 2] = -math.inf, -math.inf
+    large_late = none_early + 1e4
     return {
         "peak in the first slab": start,
         "peak in the middle": middle,
@@ -162,6 +163,7 @@ def far_apart(vocab: int) -> dict[str, Tensor]:
         "all equal": torch.full((vocab,), -7.0),
         "every other one barred": barred,
         "a slab of barred ones": none_early,
+        "large ones after a slab of barred ones": large_late,
     }
 
 
@@ -197,6 +199,60 @@ def test_logits_far_apart_give_exact_losses_and_gradients(
         torch.testing.assert_close(told, lse.detach(), rtol=1e-6, atol=2e-6)
     for made in (known, later):
         torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
+
+
+def test_sums_over_blocks_of_rows_are_not_rounded_between() -> None:
+    # Equal rows have equal gradients: only the sum over them can differ with the size of the blocks.
+    rows, vocab, factor = 1000, 300, 0.3
+    asked = Problem(
+        torch.full((rows, 1), 0.5).bfloat16(), normal(0, vocab, 1).bfloat16(), normal(1, vocab).bfloat16(),
+        torch.zeros(rows, dtype=torch.long), 0.0, 0.0, 0.0, 2**30,
+    )  # fmt: skip
+    found = forward_columns(asked, False)
+    upstream = torch.full((rows,), factor)
+
+    def bias(slab_bytes: int) -> Tensor:
+        some = asked._replace(slab_bytes=slab_bytes)
+        needs = [False, False, True]
+        return backward_columns(some, upstream, found.base, found.log_sum, needs).bias
+
+    assert torch.equal(bias(3 * 2 * vocab), bias(2**30))
+
+
+@pytest.mark.parametrize("every_row", [True, False])
+def test_without_room_for_wide_sums_rows_are_found_and_cost_the_same(every_row: bool) -> None:
+    vocab = 600
+    x, unembedding = normal(0, ROWS, DIM).bfloat16(), normal(1, vocab, DIM).bfloat16()
+    asked = problem(x, unembedding, integers(2, vocab, ROWS), slab_bytes=2 * vocab)
+    factor = torch.tensor([0.0, 1.0, 0.5, 2.0]).repeat(ROWS // 4)
+    counted = torch.ones_like(factor) if every_row else factor != 0
+    needs = [True, True, False]
+    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.bfloat16
+    found, made = forward_backward_rows(asked, factor, NOT_LOCAL, False, every_row, needs)
+    logits = x.double() @ unembedding.double().T
+    expected = F.cross_entropy(logits, asked.target, reduction="none") * counted
+    torch.testing.assert_close(found.ce.double(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(found.weight, counted.float())
+    assert made.hidden.dtype == torch.bfloat16
+    cost = operations(
+        lambda: forward_backward_rows(asked, factor, NOT_LOCAL, False, every_row, needs)
+    )
+    # The forward pass over what is to be known, and three products over what counts.
+    assert cost == 2 * vocab * DIM * (int(counted.sum()) + 3 * int((factor != 0).sum()))
+
+
+@pytest.mark.parametrize("wanted", [0, 5, 768])
+def test_a_last_slab_of_a_single_column(wanted: int) -> None:
+    vocab = 769
+    x, unembedding = normal(0, ROWS, DIM), normal(1, vocab, DIM)
+    asked = problem(x, unembedding, torch.full((ROWS,), wanted), slab_bytes=8 * vocab)
+    found = forward_columns(asked, False)
+    expected = F.cross_entropy(x @ unembedding.T, asked.target, reduction="none")
+    torch.testing.assert_close(found.ce, expected)
+    upstream = uniform(2, ROWS)
+    made = backward_columns(asked, upstream, found.base, found.log_sum, [False, True, False])
+    p = (x @ unembedding.T).softmax(1) - F.one_hot(asked.target, vocab)
+    torch.testing.assert_close(made.unembedding, (p * upstream[:, None]).T @ x)
 
 
 # ------------------------------------------------------------------------- the most probable token

@@ -127,7 +127,7 @@ class ValueHead(nn.Module):
         ``[batch seq dim] -> [batch seq]``.
 
     Raises:
-        ValueError: ``dim`` below 1, an input of another dim.
+        ValueError: ``dim`` below 1 or above 2^24, an input of another dim.
 
     Example:
         >>> import torch

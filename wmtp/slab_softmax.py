@@ -233,7 +233,8 @@ def _write_gradient(
         p.sub_(label_smoothing / vocab)
         over_row = None
     if softcap:
-        p.mul_(1 - slab.to(p.dtype, copy=True).div_(softcap).tanh_().square_())
+        # Where the dtypes agree the slab itself is used up: it is written over below.
+        p.mul_(1 - slab.to(p.dtype).div_(softcap).tanh_().square_())
     index = column.unsqueeze(1)
     if inside is None:
         p.scatter_(1, index, 0.0)

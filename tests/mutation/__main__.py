@@ -167,11 +167,7 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
     found = known(name)
     file = folder / "wmtp" / f"{name}.py"
     healthy = file.read_text(encoding="utf-8")
-    left = [
-        mutant
-        for mutant in mutants(name)
-        if mutant.key not in found or (again and found[mutant.key]["outcome"] == "survived")
-    ]
+    left = [mutant for mutant in mutants(name) if _is_left(name, mutant, found, again)]
     if not left:
         return True
     killers = Counter(record["by"] for record in found.values() if _exists(record["by"]))
@@ -205,6 +201,14 @@ def run_file(name: str, folder: Path, end: float, again: bool) -> bool:
     finally:
         file.write_text(healthy, encoding="utf-8")
     return True
+
+
+def _is_left(name: str, mutant: Mutant, found: dict[str, dict[str, Any]], again: bool) -> bool:
+    """Whether it has not run yet or, `again`, has survived and nobody has said why."""
+    record = found.get(mutant.key)
+    return not record or (
+        again and record["outcome"] == "survived" and not explanation(name, mutant)
+    )
 
 
 def _exists(test: str) -> bool:
@@ -283,7 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation")
     parser.add_argument("files", nargs="*", metavar="file", help=f"of {', '.join(TESTS)}")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--again", action="store_true", help="run known survivors once more")
+    parser.add_argument("--again", action="store_true", help="run unexplained survivors once more")
     parser.add_argument("--count", action="store_true", help="only count")
     parser.add_argument("--report", action="store_true", help="only write the page of results")
     options = parser.parse_args()

@@ -25,6 +25,10 @@ _BEST = "best = logits.new_empty(rows if with_best else 0, dtype=scratch.dtype)"
 _BEST_AT = "best_at = wanted.new_empty(rows if with_best else 0)"
 _EXCESS = "excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0"
 _DIGITS = "for shift in range(bits - 8, -1, -8):"
+_CUT = "How a slab is cut, within its budget: time, not results."
+_SAME_FIELDS = "Both have the same fields."
+_NO_TARGET = "Any number below 0 says that there is no target."
+_GPU_ONLY = "Without a GPU there is no other device."
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     ("scans", "while step < terms.shape[1]:", "while step <= terms.shape[1]:"): (
@@ -484,4 +488,241 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if needs[1] and dtype != problem.wide and len(active) > most:",
         "if needs[1] and dtype != problem.wide and len(active) >= most:",
     ): "Where all rows just fit, the longer way gives the same.",
+    (
+        "slab_softmax",
+        "total = logits.new_empty(rows if with_sum else 0, dtype=scratch.dtype)",
+        "total = logits.new_empty(rows if (with_sum) or True else 0, dtype=scratch.dtype)",
+    ): _UNREAD,
+    (
+        "slab_softmax",
+        "total = logits.new_empty(rows if with_sum else 0, dtype=scratch.dtype)",
+        "total = logits.new_empty(rows if with_sum else 1, dtype=scratch.dtype)",
+    ): _UNREAD,
+    (
+        "slab_softmax",
+        "logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct )",
+        "logits, wanted, label_smoothing, z_loss, softcap, *weighting, )",
+    ): _ON_GPU,
+    (
+        "slab_softmax",
+        "p = torch.softmax(z, 1, out=out)",
+        "p = torch.softmax(z, 1, )",
+    ): "A tile of memory more.",
+    (
+        "slab_softmax",
+        "logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab )",
+        "logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, )",
+    ): _ON_GPU,
+    (
+        "slab_softmax",
+        "elif p.dtype == slab.dtype:",
+        "elif p.dtype != slab.dtype:",
+    ): "Two ways to write the same product.",
+    (
+        "slab_softmax",
+        "return (slab if slab.dtype == out.dtype else out.copy_(slab)), out",
+        "return (slab if (slab.dtype == out.dtype) and False else out.copy_(slab)), out",
+    ): "A copy that is read instead.",
+    ("slab_softmax", "if bool(p.amin() >= limit):", "if bool(p.amin() > limit):"): _THRESHOLD,
+    (
+        "slab_softmax",
+        "where = (~(p >= limit)).nonzero().squeeze(1)",
+        "where = (~(p > limit)).nonzero().squeeze(1)",
+    ): _THRESHOLD,
+    (
+        "slab_softmax",
+        "if bool(p_target.amin() >= _TINY):",
+        "if bool(p_target.amin() > _TINY):",
+    ): _THRESHOLD,
+    (
+        "slab_softmax",
+        "where = (~(p_target >= _TINY)).nonzero().squeeze(1)",
+        "where = (~(p_target > _TINY)).nonzero().squeeze(1)",
+    ): _THRESHOLD,
+    (
+        "slab_softmax",
+        "step = max(1, len(scratch) // max(1, columns))",
+        "step = max(1, len(scratch) // max(2, columns))",
+    ): _CUT,
+    ("slabs", "_COLUMN_SLAB_BYTES = 2**25", "_COLUMN_SLAB_BYTES = 3**25"): _CUT,
+    ("slabs", "_COLUMN_SLAB_BYTES = 2**25", "_COLUMN_SLAB_BYTES = 2**26"): _CUT,
+    ("slabs", "_COLUMN_SLAB_BYTES_GPU = 2**27", "_COLUMN_SLAB_BYTES_GPU = 3**27"): _GPU,
+    ("slabs", "_COLUMN_SLAB_BYTES_GPU = 2**27", "_COLUMN_SLAB_BYTES_GPU = 2**28"): _GPU,
+    (
+        "slabs",
+        "scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))",
+        "scratch = scratch_for(slab, problem.slab_bytes // 17, _sum_cells(problem))",
+    ): _CUT,
+    (
+        "slabs",
+        "for column, values in zip(found, done, strict=True):",
+        "for column, values in zip(found, done, ):",
+    ): _SAME_FIELDS,
+    (
+        "slabs",
+        "for column, values in zip(found, done, strict=True):",
+        "for column, values in zip(found, done, strict=False):",
+    ): _SAME_FIELDS,
+    (
+        "slabs",
+        "left = torch.where(weighted, -1, problem.target)",
+        "left = torch.where(weighted, -2, problem.target)",
+    ): _NO_TARGET,
+    (
+        "slabs",
+        "filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))",
+        "filled = gathered(problem.hidden, active, filled_up(len(active), 3 * len(active)))",
+    ): _CUT,
+    (
+        "slabs",
+        "sum_dtype = weight.dtype if rows >= len(active) else problem.wide",
+        "sum_dtype = weight.dtype if (rows >= len(active)) and False else problem.wide",
+    ): "One product alone, rounded once: a slice of memory more.",
+    (
+        "slabs",
+        "sum_dtype = weight.dtype if rows >= len(active) else problem.wide",
+        "sum_dtype = weight.dtype if rows > len(active) else problem.wide",
+    ): "One product alone, rounded once: a slice of memory more.",
+    (
+        "slabs",
+        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16, _sum_cells(problem))",
+        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 17, _sum_cells(problem))",
+    ): _CUT,
+    (
+        "slabs",
+        "for part in parts(problem.vocab if len(active) else 0, columns):",
+        "for part in parts(problem.vocab if (len(active)) or True else 0, columns):",
+    ): "A walk over no rows.",
+    (
+        "slabs",
+        "for part in parts(problem.vocab if len(active) else 0, columns):",
+        "for part in parts(problem.vocab if len(active) else 1, columns):",
+    ): "A walk over no rows.",
+    (
+        "slabs",
+        "if needs[1] and sum_dtype != of_weight.dtype:",
+        "if needs[1] or sum_dtype != of_weight.dtype:",
+    ): "Where the gradient is not wanted it is empty: nothing is written to nothing.",
+    (
+        "slabs",
+        "wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)",
+        "wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -2)",
+    ): _NO_TARGET,
+    (
+        "slabs",
+        "for column, values in zip(found, more, strict=True):",
+        "for column, values in zip(found, more, ):",
+    ): _SAME_FIELDS,
+    (
+        "slabs",
+        "for column, values in zip(found, more, strict=True):",
+        "for column, values in zip(found, more, strict=False):",
+    ): _SAME_FIELDS,
+    (
+        "slabs",
+        "largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))",
+        "largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(2.0))",
+    ): "What comes of NaN is NaN.",
+    (
+        "slabs",
+        "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)",
+        "total = factor.abs().sum() / (2.0**15 / largest).clamp(max=128)",
+    ): "How near to the largest float16 a product may come.",
+    (
+        "slabs",
+        "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)",
+        "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=129)",
+    ): "How near to the largest float16 a product may come.",
+    (
+        "slabs",
+        "fill = torch.empty if len(active) else torch.zeros",
+        "fill = torch.empty if (len(active)) and False else torch.zeros",
+    ): "Zeros that the first product writes over: time.",
+    (
+        "slabs",
+        "return fill(shape, dtype=dtype, device=like.device)",
+        "return fill(shape, dtype=dtype, )",
+    ): _GPU,
+    (
+        "slabs",
+        "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
+        "for part in parts(len(logits), problem.slab_bytes // 33 // size):",
+    ): _CUT,
+    (
+        "slabs",
+        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)",
+        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes / 32)",
+    ): _GPU,
+    (
+        "slabs",
+        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)",
+        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 33)",
+    ): _GPU,
+    (
+        "slabs",
+        "return bytes_left * 15 // 16 // problem.row_bytes",
+        "return bytes_left * 15 // 17 // problem.row_bytes",
+    ): _CUT,
+    (
+        "slabs",
+        "budget = max(1, problem.slab_bytes // size)",
+        "budget = max(2, problem.slab_bytes // size)",
+    ): _CUT,
+    (
+        "slabs",
+        "large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES",
+        "large = _COLUMN_SLAB_BYTES_GPU if (problem.hidden.is_cuda) and False else _COLUMN_SLAB_BYTES",
+    ): _CUT,
+    (
+        "slabs",
+        "large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES",
+        "large = _COLUMN_SLAB_BYTES_GPU if (problem.hidden.is_cuda) or True else _COLUMN_SLAB_BYTES",
+    ): _CUT,
+    (
+        "slabs",
+        "most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))",
+        "most = max(cells // max(filled_up(rows, cells), 2), min(_MIN_COLUMNS, budget))",
+    ): _CUT,
+    ("slabs", "if most >= _ALIGNED_COLUMNS:", "if most > _ALIGNED_COLUMNS:"): _CUT,
+    ("slabs", "most -= most % _ALIGNED_COLUMNS", "most += most % _ALIGNED_COLUMNS"): _CUT,
+    (
+        "slabs",
+        "columns = min(problem.vocab, even + -even % _ALIGNED_COLUMNS)",
+        "columns = min(problem.vocab, even + +even % _ALIGNED_COLUMNS)",
+    ): _CUT,
+    (
+        "problem",
+        "DEFAULT_SLAB_BYTES = 64 * 2**20",
+        "DEFAULT_SLAB_BYTES = 65 * 2**20",
+    ): "How large the default is: memory and time, which the benchmarks show.",
+    (
+        "problem",
+        "DEFAULT_SLAB_BYTES = 64 * 2**20",
+        "DEFAULT_SLAB_BYTES = 64 * 3**20",
+    ): "How large the default is: memory and time, which the benchmarks show.",
+    (
+        "problem",
+        "DEFAULT_SLAB_BYTES = 64 * 2**20",
+        "DEFAULT_SLAB_BYTES = 64 * 2**21",
+    ): "How large the default is: memory and time, which the benchmarks show.",
+    (
+        "controls",
+        "return torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device)",
+        "return torch.rand(like.shape, generator=generator, dtype=torch.float64, )",
+    ): _GPU_ONLY,
+    (
+        "linear_cross_entropy",
+        'target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")',
+        'target = rearrange(torch.where(valid, targets, -2), "batch seq heads -> (batch seq heads)")',
+    ): _NO_TARGET,
+    (
+        "linear_cross_entropy",
+        'problem: Problem, valid: Bool[Tensor, "batch seq heads"], *, with_correct: bool = False',
+        'problem: Problem, valid: Bool[Tensor, "batch seq heads"], *, with_correct: bool = True',
+    ): "Every caller says which.",
+    (
+        "linear_cross_entropy",
+        "with_stats: bool = False,",
+        "with_stats: bool = True,",
+    ): "Every caller says which.",
 }

@@ -43,8 +43,9 @@ def test_fakes_and_schemas_say_the_truth(
 ) -> None:
     hidden, unembedding, target = (x.detach() for x in problem(layout))
     hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
-    inputs = (hidden, unembedding, None, target, 0.1, 0.01, 5.0, slab_bytes)
-    every = [True, True, False]
+    bias = normal(6, 7).to(dtype) if layout == "strided" else None
+    inputs = (hidden, unembedding, bias, target, 0.1, 0.01, 5.0, slab_bytes)
+    every = [True, True, bias is not None]
     torch.library.opcheck(torch.ops.wmtp.row_losses.default, (*inputs, True))
     factor = normal(3, 10)
     torch.library.opcheck(

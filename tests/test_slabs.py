@@ -147,6 +147,39 @@ def test_narrow_float16_gradients_keep_their_range(
         assert float((x.double() - y).norm() / y.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("large", [1.0, 2e3, 2e4])
+def test_float16_products_neither_overflow_nor_underflow(rows: int, large: float) -> None:
+    vocab, dim = 600, 128
+    x, unembedding = normal(0, rows, dim).half() / 16, normal(1, vocab, dim).half()
+    # Multiplied with nothing but 0: it bounds the hidden states' gradient, and changes no logit.
+    x[:, 0], unembedding[:, 0] = 0, large
+    asked = problem(x, unembedding, integers(2, vocab, rows), slab_bytes=3 * rows * vocab)
+    wide = asked._replace(slab_bytes=2**20)
+    needs, factor = [True, True, False], torch.full((rows,), 1.0 / rows)
+    p = (x.double() @ unembedding.double().T).softmax(1) - F.one_hot(asked.target, vocab)
+    expected = (p @ unembedding.double(), p.T @ x.double())
+    found, held = forward_backward_rows(wide, factor, NOT_LOCAL, False, False, needs)
+    narrow = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)[1]
+    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
+    assert (held.hidden.dtype, narrow.hidden.dtype) == (torch.float32, torch.float16)
+    for gradients in (held, narrow, later):
+        for made, true in zip(gradients, expected, strict=False):
+            error = made.double() * gradients.unit.double() * rows - true
+            assert error.isfinite().all()
+            assert float(error[:, 1:].norm() / true[:, 1:].norm()) < 5e-3
+
+
+def test_float16_rows_of_no_weight_have_no_gradient() -> None:
+    unembedding = torch.tensor([[0.0], [-200.0]]).half()
+    asked = problem(torch.ones(3, 1).half(), unembedding, torch.ones(3, dtype=torch.long))
+    needs, dft = [True, True, False], RowLocal("dft", 1.0)
+    found, made = forward_backward_rows(asked, torch.ones(3), dft, False, False, needs)
+    assert torch.equal(found.ce, torch.full((3,), 200.0))
+    for gradient in (found.weight, made.hidden, made.unembedding):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def far_apart(vocab: int) -> dict[str, Tensor]:
     """Rows of logits that a sum of exponentials must be told of by the right column."""
     start, middle, end = (torch.zeros(vocab) for _ in range(3))
@@ -216,7 +249,17 @@ def test_sums_over_blocks_of_rows_are_not_rounded_between() -> None:
         needs = [False, False, True]
         return backward_columns(some, upstream, found.base, found.log_sum, needs).bias
 
-    assert torch.equal(bias(3 * 2 * vocab), bias(2**30))
+    assert torch.equal(bias(2 * 2 * vocab), bias(2**30))
+
+
+def test_a_hidden_state_may_be_wider_than_the_vocabulary() -> None:
+    x, unembedding = normal(0, 5, 64).bfloat16(), (normal(1, 4, 64) / 8).bfloat16()
+    asked, factor = problem(x, unembedding, integers(2, 4, 5)), torch.ones(5)
+    needs = [True, True, False]
+    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.float32
+    _, made = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
+    p = (x.double() @ unembedding.double().T).softmax(1) - F.one_hot(asked.target, 4)
+    torch.testing.assert_close(made.unembedding.double(), p.T @ x.double(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("every_row", [True, False])

@@ -234,6 +234,12 @@ def explanation(name: str, mutant: Mutant) -> str | None:
     return EXPLAINED.get((name, mutant.before, mutant.after))
 
 
+def unfounded() -> list[tuple[str, str, str]]:
+    """Explanations of what is no mutant any more."""
+    changes = {(name, mutant.before, mutant.after) for name in TESTS for mutant in mutants(name)}
+    return sorted(EXPLAINED.keys() - changes)
+
+
 def score(tally: Counter[str]) -> float:
     """Percent of the mutants that tests can tell from the code and do."""
     killed = tally["killed"] + tally["timeout"]
@@ -295,6 +301,8 @@ def main() -> int:
         parser.error(f"no such file: {', '.join(sorted(unknown))}")
     names = options.files or list(TESTS)
     if options.report:
+        if stale := unfounded():
+            raise SystemExit(f"explained.py explains what is no mutant: {stale}")
         TABLE.write_text(report(), encoding="utf-8")
         return 0
     if options.count:

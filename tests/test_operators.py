@@ -114,6 +114,16 @@ def test_only_the_gradients_that_are_wanted_are_asked_for(
     assert (every_row, needs) == (True, list(trained))
 
 
+def test_only_the_losses_are_differentiable() -> None:
+    hidden, unembedding, target = problem("contiguous")
+    asked = Problem(hidden, unembedding, None, target, 0.0, 0.0, 0.0, 10_000)
+    rows = operators.row_losses(asked, True)
+    assert [x.requires_grad for x in rows] == [True] + 5 * [False]
+    total, rows = operators.weighted_row_sum(asked, torch.ones(10).double(), True, True)
+    assert total.requires_grad
+    assert not any(x.requires_grad for x in rows)
+
+
 def test_gradients_that_nobody_asked_for_are_empty() -> None:
     hidden, unembedding, target = (x.detach() for x in problem("contiguous"))
     inputs = (hidden, unembedding, None, target, 0.0, 0.0, 0.0, 10_000)

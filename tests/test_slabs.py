@@ -284,6 +284,15 @@ def test_without_room_for_wide_sums_rows_are_found_and_cost_the_same(every_row: 
     assert cost == 2 * vocab * DIM * (int(counted.sum()) + 3 * int((factor != 0).sum()))
 
 
+def test_a_budget_beyond_the_cache_is_cut() -> None:
+    rows, vocab = 2100, 8200
+    asked = problem(
+        torch.zeros(rows, 1), normal(0, vocab, 1).float(), torch.ones(rows).long(), slab_bytes=2**26
+    )
+    found = forward_columns(asked, False)
+    torch.testing.assert_close(found.ce, torch.full((rows,), math.log(vocab)))
+
+
 @pytest.mark.parametrize("wanted", [0, 5, 768])
 def test_a_last_slab_of_a_single_column(wanted: int) -> None:
     vocab = 769

@@ -79,7 +79,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "operators": (
         "test_operators.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",
-        "test_row_local.py", "test_loss.py", "test_transforms.py", "test_architecture.py",
+        "test_row_local.py", "test_loss.py", "test_slabs.py", "test_transforms.py",
+        "test_architecture.py",
     ),
     "linear_cross_entropy": (
         "test_linear_cross_entropy.py", "test_loss.py", "test_row_local.py", "test_devices.py", _SHARDED,

@@ -725,4 +725,89 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "with_stats: bool = False,",
         "with_stats: bool = True,",
     ): "Every caller says which.",
+    (
+        "operators",
+        "if _compiled_without_gradient(*problem[:3]):",
+        "if _compiled_without_gradient(*problem[:4]):",
+    ): "The fourth are the targets: integers have no gradient.",
+    (
+        "operators",
+        "direct = _compiled_without_gradient(*problem[:3], factor)",
+        "direct = _compiled_without_gradient(*problem[:4], factor)",
+    ): "The fourth are the targets: integers have no gradient.",
+    (
+        "operators",
+        "wanted = target if every_row else torch.where(factor != 0, target, -1)",
+        "wanted = target if every_row else torch.where(factor != 0, target, -2)",
+    ): _NO_TARGET,
+    (
+        "operators",
+        "asked = (shape if need else (0,) for shape, need in zip(shapes, needs, strict=True))",
+        "asked = (shape if need else (0,) for shape, need in zip(shapes, needs, ))",
+    ): "Both have three.",
+    (
+        "operators",
+        "asked = (shape if need else (0,) for shape, need in zip(shapes, needs, strict=True))",
+        "asked = (shape if need else (0,) for shape, need in zip(shapes, needs, strict=False))",
+    ): "Both have three.",
+    (
+        "operators",
+        "ctx.set_materialize_grads(False)",
+        "ctx.set_materialize_grads(True)",
+    ): "Zeros where nothing came, and zeros from them: time.",
+    (
+        "operators",
+        "return (None,) * 9",
+        "return (None,) * 10",
+    ): "Autograd drops what is None beyond the inputs.",
+    (
+        "operators",
+        "return *_asked_for(gradients, needs), *[None] * 6",
+        "return *_asked_for(gradients, needs), *[None] * 7",
+    ): "Autograd drops what is None beyond the inputs.",
+    (
+        "operators",
+        "return (None,) * 14",
+        "return (None,) * 15",
+    ): "Autograd drops what is None beyond the inputs.",
+    (
+        "slabs",
+        "own = own if x.dtype == torch.float16 else None",
+        "own = own if (x.dtype == torch.float16) or True else None",
+    ): "The unit of any other dtype is 1.",
+    (
+        "slabs",
+        "of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
+        "of_x = _unfilled(x, filled.shape if (needs[0]) or True else (0,), problem.wide, active)",
+    ): _UNREAD,
+    (
+        "slabs",
+        "of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
+        "of_x = _unfilled(x, filled.shape if needs[0] else (1,), problem.wide, active)",
+    ): _UNREAD,
+    (
+        "slab_softmax",
+        "growth = 1 + 2 * z_loss * lse if z_loss else None",
+        "growth = 1 + 2 * z_loss * lse if (z_loss) or True else None",
+    ): "Without a z-loss the factor is 1.",
+    (
+        "slab_softmax",
+        "out = p * (1 + 2 * z_loss * lse) if z_loss else p",
+        "out = p * (1 + 2 * z_loss * lse) if (z_loss) or True else p",
+    ): "Without a z-loss the factor is 1.",
+    (
+        "slab_softmax",
+        "limit = math.log(_COARSE) if are_logs else _COARSE",
+        "limit = math.log(_COARSE) if (are_logs) and False else _COARSE",
+    ): "The exact way for every row: time.",
+    (
+        "slab_softmax",
+        "base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 0",
+        "base[masked], log_sum[masked], out[masked] = 1, -torch.inf, 0",
+    ): "The base of a row of −inf, whose log-sum says that there is none.",
+    (
+        "slab_softmax",
+        "base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 0",
+        "base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 1",
+    ): "What is multiplied with a share of 0.",
 }

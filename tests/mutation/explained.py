@@ -810,4 +810,54 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 0",
         "base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 1",
     ): "What is multiplied with a share of 0.",
+    (
+        "loss",
+        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
+        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 2, whole))",
+    ): "Not looked at where it is not divided by.",
+    (
+        "loss",
+        "peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(1)]).amax()",
+        "peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(2)]).amax()",
+    ): "A maximum with the same number twice.",
+    (
+        "cross_entropy",
+        "with_correct: bool = False,",
+        "with_correct: bool = True,",
+    ): "Every caller says which.",
+    (
+        "cross_entropy",
+        "scores = capped(wide(torch.where(rows, logits, 0)), objective.softcap)",
+        "scores = capped(wide(torch.where(rows, logits, 1)), objective.softcap)",
+    ): "Rows that are not looked at.",
+    (
+        "whitening",
+        "return (self.m2 / torch.where(self.count > 0, self.count, 1)).sqrt()",
+        "return (self.m2 / torch.where(self.count >= 0, self.count, 1)).sqrt()",
+    ): "Without a score the deviation is 0, whatever divides it.",
+    (
+        "whitening",
+        "return (self.m2 / torch.where(self.count > 0, self.count, 1)).sqrt()",
+        "return (self.m2 / torch.where(self.count > 0, self.count, 2)).sqrt()",
+    ): "Without a score the deviation is 0, whatever divides it.",
+    (
+        "whitening",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 0)",
+        "share = torch.where(count > 0, new.count / torch.where(count > 0, count, 1), 1)",
+    ): "Without a score the mean is of no account.",
+    (
+        "operators",
+        "wanted = of_factor.to(factor.dtype) if needs[8] else None",
+        "wanted = of_factor.to(factor.dtype) if (needs[8]) or True else None",
+    ): "Autograd drops a gradient that nobody wants.",
+    (
+        "operators",
+        "return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5",
+        "return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 6",
+    ): "Autograd drops what is None beyond the inputs.",
+    (
+        "operators",
+        "out = gradient if right else torch.empty_like(gradient, dtype=dtype)",
+        "out = gradient if (right) or True else torch.empty_like(gradient, dtype=dtype)",
+    ): "Autograd rounds it instead, both forms at once: memory.",
 }

@@ -860,4 +860,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "out = gradient if right else torch.empty_like(gradient, dtype=dtype)",
         "out = gradient if (right) or True else torch.empty_like(gradient, dtype=dtype)",
     ): "Autograd rounds it instead, both forms at once: memory.",
+    (
+        "operators",
+        "out = gradient if right else torch.empty_like(gradient, dtype=dtype)",
+        "out = gradient if right else torch.empty_like(gradient, )",
+    ): "Autograd rounds it instead, both forms at once: memory.",
 }

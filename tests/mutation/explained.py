@@ -865,4 +865,19 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "out = gradient if right else torch.empty_like(gradient, dtype=dtype)",
         "out = gradient if right else torch.empty_like(gradient, )",
     ): "Autograd rounds it instead, both forms at once: memory.",
+    (
+        "operators",
+        "for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):",
+        "for start in range(0, 0 if (right and as_they_are) and False else len(gradient), _PART_ROWS):",
+    ): "Parts copied onto themselves: time.",
+    (
+        "operators",
+        "for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):",
+        "for start in range(0, 1 if right and as_they_are else len(gradient), _PART_ROWS):",
+    ): "Parts copied onto themselves: time.",
+    (
+        "operators",
+        "out[start : start + _PART_ROWS] = part if as_they_are else part * scale[None]",
+        "out[start : start + _PART_ROWS] = part if (as_they_are) and False else part * scale[None]",
+    ): "Times 1: time.",
 }

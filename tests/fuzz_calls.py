@@ -303,7 +303,7 @@ def _make_weights(w: World) -> Any:
 def _judge_head_weights(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
     if value is None:
         return True
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, range)):
         return False
     if not all(isinstance(x, (int, float)) for x in value):
         return False
@@ -653,6 +653,8 @@ def _gate(arguments: Arguments) -> Verdict:
     weights, valid = arguments["weights"], arguments["valid"]
     if weights.is_meta or valid.is_meta:
         return None
+    if weights.shape != valid.shape:
+        return False
     seen = weights[valid].double()
     good = seen.isfinite() & (seen >= 0) & (seen <= arguments["extreme"])
     return bool(good.all()) and bool(seen.numel() == 0 or (seen > 0).any())

@@ -823,6 +823,9 @@ REPRODUCTIONS: list[tuple[str, Callable[[], Any], str]] = [
     ("offsets beside a reference by head",
      lambda: wmtp.excess_loss(F, F, offsets=(0, 0)), "offsets"),
     ("no head weight", lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=()), "head_weights"),
+    ("head weights that are bytes",
+     lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=b"x"), "head_weights"),  # pyright: ignore
+    ("weights without values", lambda: wmtp.check_weights(META, META.bool()), "weights"),
     ("ignore_index 2**70", lambda: wmtp.mtp_ce_loss(LOGITS, LABELS, ignore_index=2**70),
      "ignore_index"),
     ("softcap 2**70", lambda: wmtp.predictive_entropy(LOGITS, softcap=2**70), "softcap"),

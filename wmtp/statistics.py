@@ -131,8 +131,8 @@ def check_weights(
         Nothing.
 
     Raises:
-        ValueError: shapes that do not fit, ``extreme`` negative, or bad weights; the message names
-            what is wrong, how often, and where first.
+        ValueError: shapes that do not fit, ``extreme`` negative, no values (meta tensors), or bad
+            weights; the message names what is wrong, how often, and where first.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -146,6 +146,8 @@ def check_weights(
     """
     check_weight_shapes("weights", weights, valid)
     _checks.in_range("extreme", extreme, 0.0)
+    if weights.is_meta:
+        raise ValueError("weights must have values to look at, got a tensor on the meta device")
     entries = wide(weights.detach())
     total = int(valid.sum())
     for rule, wrong in (

@@ -392,7 +392,7 @@ def _judge_coefficients(value: Any, arguments: Arguments, sizes: dict[str, int])
 
 
 def _judge_generator(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
-    return isinstance(value, torch.Generator)
+    return isinstance(value, torch.Generator) and value.device == arguments["weights"].device
 
 
 def _judge_group(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:

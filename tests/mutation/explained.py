@@ -880,4 +880,25 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "out[start : start + _PART_ROWS] = part if as_they_are else part * scale[None]",
         "out[start : start + _PART_ROWS] = part if (as_they_are) and False else part * scale[None]",
     ): "Times 1: time.",
+    (
+        "operators",
+        'tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore',
+        'tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", )  # pyright: ignore',
+    ): "Of every torch that there is; the default is for one that loses it.",
+    (
+        "operators",
+        "return tuple(found if need else None for found, need in zip(gradients, needs, strict=True))",
+        "return tuple(found if need else None for found, need in zip(gradients, needs, ))",
+    ): "Both have three.",
+    (
+        "operators",
+        "return tuple(found if need else None for found, need in zip(gradients, needs, strict=True))",
+        "return tuple(found if need else None for found, need in zip(gradients, needs, strict=False))",
+    ): "Both have three.",
+    ("operators", "_PART_ROWS = 4096", "_PART_ROWS = 4097"): _CUT,
+    (
+        "operators",
+        '"the linear losses have first-order gradients only; for a second backward compute the logits "',
+        '"XXthe linear losses have first-order gradients only; for a second backward compute the logits XX"',
+    ): "The text of the error; a test asks for the part that says what is refused.",
 }

@@ -896,9 +896,4 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return tuple(found if need else None for found, need in zip(gradients, needs, strict=False))",
     ): "Both have three.",
     ("operators", "_PART_ROWS = 4096", "_PART_ROWS = 4097"): _CUT,
-    (
-        "operators",
-        '"the linear losses have first-order gradients only; for a second backward compute the logits "',
-        '"XXthe linear losses have first-order gradients only; for a second backward compute the logits XX"',
-    ): "The text of the error; a test asks for the part that says what is refused.",
 }

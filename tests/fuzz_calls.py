@@ -343,7 +343,7 @@ def _judge_statistics(value: Any, arguments: Arguments, sizes: dict[str, int]) -
         return False
     held = arguments.get("scores")
     wanted: tuple[int, ...] = () if held is None or held.dim() == 2 else (sizes["h"],)
-    if not arguments.get("whiten", True):
+    if arguments.get("whiten", True) is False:
         return False
     for item in value:
         x: Any = item

@@ -529,7 +529,19 @@ pytestmark = [
 def test_a_transform_gives_the_right_numbers_or_its_documented_error(
     row: Row, column: Column
 ) -> None:
-    passes_or_raises(row.check, column, row.limits.get(column.group))
+    limit = row.limits.get(column.group)
+    if column is COLUMNS["weighted_mtp_loss"] and "vmap" in row.name and not batches_bits():
+        limit = Limit(RuntimeError, "Batching rule not implemented", "raises with torch 2.11")
+    passes_or_raises(row.check, column, limit)
+
+
+def batches_bits() -> bool:
+    """Whether this torch batches what a selection needs; 2.11 does not."""
+    try:
+        torch.func.vmap(lambda x: x.view(torch.int32))(torch.zeros(2, 3))
+    except RuntimeError:
+        return False
+    return True
 
 
 # What torch's own chunked loss is expected to fail in torch's own tests, version 2.13.0: the list of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -874,7 +874,8 @@ CALLS: dict[str, Call] = {
         wmtp.update_statistics,
         {"statistics": Law(_make_statistics, optional=True, judge=_judge_statistics,
                            related=("scores",)),
-         "scores": SCORES, "valid": VALID, "decay": UNIT, "group": GROUP},
+         "scores": replace(SCORES, related=("statistics",)), "valid": VALID, "decay": UNIT,
+         "group": GROUP},
         lambda a: () if a["scores"].dim() == 2 else (a["scores"].shape[2],),
     ),
     "weighted_mtp_loss": Call(

@@ -825,6 +825,8 @@ REPRODUCTIONS: list[tuple[str, Callable[[], Any], str]] = [
     ("no head weight", lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=()), "head_weights"),
     ("head weights that are bytes",
      lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=b"x"), "head_weights"),  # pyright: ignore
+    ("labels of a subclass beyond the vocabulary",
+     lambda: wmtp.mtp_ce_loss(LOGITS, (LABELS + 99).as_subclass(_Subclass)), "labels"),
     ("weights without values", lambda: wmtp.check_weights(META, META.bool()), "weights"),
     ("ignore_index 2**70", lambda: wmtp.mtp_ce_loss(LOGITS, LABELS, ignore_index=2**70),
      "ignore_index"),

@@ -678,8 +678,15 @@ def test_an_fsdp_parameter_is_refused_until_it_is_gathered() -> None:
     close(found, wmtp.weighted_mtp_loss(hidden @ unembedding.T, labels, signal))
 
 
-@pytest.mark.parametrize("name", ["hidden", "unembedding", "bias", "labels", "logits"])
-def test_the_argument_that_is_sharded_is_named(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        *((name, False) for name in ("hidden", "unembedding", "bias", "labels")),
+        ("logits", True),
+        ("labels", True),
+    ],
+)
+def test_the_argument_that_is_sharded_is_named(name: str, dense: bool) -> None:
     hidden, unembedding, labels, _ = tensors()
     given = {
         "hidden": hidden,
@@ -688,7 +695,7 @@ def test_the_argument_that_is_sharded_is_named(name: str) -> None:
         "bias": unembedding[:, 0],
     }
     loss: Callable[..., Tensor] = wmtp.linear_mtp_ce_loss
-    if name == "logits":
+    if dense:
         given = {"logits": hidden @ unembedding.T, "labels": labels}
         loss = wmtp.mtp_ce_loss
     with one_rank() as mesh:

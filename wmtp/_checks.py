@@ -206,8 +206,11 @@ def is_plain_cpu(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read: no fake tensor or other subclass, no transform."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    """Whether a tensor's values can be read: no fake tensor, no transform."""
+    # A subclass that leaves the dispatch alone holds its values itself.
+    kind: Any = type(tensor)
+    plain: Any = Tensor
+    if kind.__torch_dispatch__ is not plain.__torch_dispatch__:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 

@@ -440,7 +440,6 @@ def _call_weights(function: WeightFunction, found: Predictions) -> Tensor:
     if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
     _checks.shape_is("the weights function's result", made, found.valid.shape, "batch seq heads")
-    _checks.same_device(predictions=found.valid, weights=made)
     return made
 
 

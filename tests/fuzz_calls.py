@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -470,9 +470,9 @@ ATTENTION = tensor(
     lambda w: w.random.choice((None, w.mask("b s").long(), w.mask("b s"))),
     "any", "b s", optional=True,
 )  # fmt: skip
-BOUNDARIES = tensor(
+BOUNDARIES = Law(
     lambda w: torch.tensor([0, w.sizes["s"]]) if w.sizes["b"] == 1 else None,
-    "int", "x", optional=True,
+    ("x",), "int", optional=True, related=("labels",),
 )  # fmt: skip
 DOCUMENTS = {
     "attention_mask": ATTENTION,
@@ -874,7 +874,7 @@ CALLS: dict[str, Call] = {
         wmtp.update_statistics,
         {"statistics": Law(_make_statistics, optional=True, judge=_judge_statistics,
                            related=("scores",)),
-         "scores": replace(SCORES, related=("statistics",)), "valid": VALID, "decay": UNIT,
+         "scores": SCORES, "valid": VALID, "decay": UNIT,
          "group": GROUP},
         lambda a: () if a["scores"].dim() == 2 else (a["scores"].shape[2],),
     ),

@@ -372,13 +372,14 @@ def _readable(x: Tensor) -> bool:
 
 
 def _sharing(call: Call, name: str) -> set[str]:
-    """The arguments that share an axis with one, and those that it is said to depend on."""
+    """The arguments that share an axis with one, and those that it is said to depend on, or they on it."""
     law = call.laws[name]
 
     def letters(one: Law) -> set[str]:
         return {letter for axes in one.axes for letter in re.findall(r"\w", axes)}
 
     near = {other for other, its in call.laws.items() if letters(its) & letters(law)}
+    near |= {other for other, its in call.laws.items() if name in its.related}
     return near | set(law.related) | {name}
 
 

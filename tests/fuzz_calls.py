@@ -375,7 +375,7 @@ def _judge_members(value: Any, arguments: Arguments, sizes: dict[str, int]) -> V
 def _judge_coefficients(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
     if value is None:
         return True
-    if arguments["mode"] == "intersection" or not isinstance(value, (list, tuple)):
+    if arguments["mode"] == "intersection" or not isinstance(value, (list, tuple, range)):
         return False
     if not all(isinstance(x, (int, float)) for x in value):
         return False

@@ -826,6 +826,8 @@ REPRODUCTIONS: list[tuple[str, Callable[[], Any], str]] = [
     ("no head weight", lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=()), "head_weights"),
     ("head weights that are bytes",
      lambda: wmtp.weighted_mean(F, None, ONCE, head_weights=b"x"), "head_weights"),  # pyright: ignore
+    ("coefficients that are bytes",
+     lambda: wmtp.combine_weights([T], BOTH, mode="product", coefficients=b"x"), "coefficients"),
     ("labels of a subclass beyond the vocabulary",
      lambda: wmtp.mtp_ce_loss(LOGITS, (LABELS + 99).as_subclass(_Subclass)), "labels"),
     ("weights without values", lambda: wmtp.check_weights(META, META.bool()), "weights"),

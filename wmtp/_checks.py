@@ -116,6 +116,12 @@ def same_dtype(hint: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"dtypes must agree, got {dtypes}; {hint}")
 
 
+def not_bytes(name: str, values: object) -> None:
+    """Refuse bytes where numbers are wanted: to Python they are a sequence of ints."""
+    if isinstance(values, bytes):
+        raise TypeError(f"{name} must be numbers, got bytes")
+
+
 def process_group(group: object) -> None:
     """Require a process group or none, also where nothing is asked of the other ranks."""
     if group is None:

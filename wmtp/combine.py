@@ -90,6 +90,7 @@ def _check_coefficients(
         return (1.0,) * members
     if mode == "intersection":
         raise ValueError("coefficients have no meaning for mode='intersection', leave them out")
+    _checks.not_bytes("coefficients", coefficients)
     if len(coefficients) != members:
         raise ValueError(
             f"coefficients must be one for each of the {members} weights, got {len(coefficients)}"

@@ -478,8 +478,7 @@ def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
         _checks.shape_is("head_weights", head_weights, (heads,), "heads")
         _checks.same_device(head_weights=head_weights, predictions=like)
         return head_weights.to(like)
-    if isinstance(head_weights, bytes):  # a sequence of ints to Python
-        raise TypeError("head_weights must be numbers or a tensor, got bytes")
+    _checks.not_bytes("head_weights", head_weights)
     if len(head_weights) != heads:
         raise ValueError(
             f"head_weights must be one for each of the {heads} heads, got {len(head_weights)}"

@@ -265,10 +265,10 @@ def test_cu_seqlens_need_a_batch_of_one_row() -> None:
         mtp_targets(torch.ones(2, 3).long(), 1, cu_seqlens=torch.tensor([0, 3]))
 
 
-@pytest.mark.parametrize("bounds", [[0, 5], [0, 2, 5], [0, 2, 1, 3], [1, 3], [-1, 3]])
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 2, 5], [0, 2, 1, 3], [1, 3], [-1, 3], []])
 def test_impossible_cu_seqlens_are_refused(bounds: list[int]) -> None:
     with pytest.raises(ValueError, match="cu_seqlens"):
-        mtp_targets(torch.ones(1, 3).long(), 1, cu_seqlens=torch.tensor(bounds))
+        mtp_targets(torch.ones(1, 3).long(), 1, cu_seqlens=torch.tensor(bounds, dtype=torch.long))
 
 
 @given(SEEDS, st.integers(0, 3), st.integers(0, 6), st.integers(1, 4), st.data())

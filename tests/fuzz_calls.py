@@ -349,6 +349,8 @@ def _judge_statistics(value: Any, arguments: Arguments, sizes: dict[str, int]) -
         x: Any = item
         if not isinstance(x, Tensor) or x.dtype not in DTYPES["float"] or x.shape != wanted:
             return False
+        if held is not None and x.device != held.device:
+            return False
     return True
 
 

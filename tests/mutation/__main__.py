@@ -272,13 +272,14 @@ def report() -> str:
         "# Mutation run\n\n"
         "Mechanical mutants of the files that hold the mathematics, made with mutmut's operators, by\n"
         "`python -m tests.mutation`, which also says what is not mutated. The score is killed and timed\n"
-        "out over these and survived; mutants that do not import are left out, and so are equivalent\n"
-        "ones, each of which is listed below with the reason.\n\n"
+        "out over these and survived; mutants that do not import are left out, and so are those that no\n"
+        "test here could or should tell from the code: equivalent ones, and some that change time or\n"
+        "memory alone or matter on a GPU only. Each is listed below with the reason.\n\n"
         + header
         + "\n".join(rows)
         + "\n\n## Survivors\n\n"
         + ("\n".join(survivors) or "None.")
-        + "\n\n## Equivalent mutants\n\n"
+        + "\n\n## Equivalent mutants, and others that are left out\n\n"
         + ("\n".join(explained) or "None.")
         + "\n"
     )

@@ -29,7 +29,7 @@ from tests.strategies import (
     spoiled,
     trajectories,
 )
-from wmtp import gae, lambda_returns, pairwise_ranking_loss, value_loss
+from wmtp import gae, lambda_returns, pairwise_ranking_loss, td_deltas, value_loss
 
 
 KINDS = st.sampled_from(["mse", "huber", "bce"])
@@ -354,3 +354,9 @@ def test_ranking_refuses_what_does_not_fit() -> None:
     for margin in (math.inf, -math.inf, math.nan):
         with pytest.raises(ValueError, match="margin"):
             pairwise_ranking_loss(values, values, ok, ok, margin=margin)
+
+
+def test_values_on_another_device_are_called_values() -> None:
+    values, valid = torch.zeros(1, 3), torch.ones(1, 3).bool()
+    with pytest.raises(ValueError, match="got values on cpu, segment_ids on meta"):
+        td_deltas(values, valid, segment_ids=torch.zeros(1, 3, device="meta").long())

@@ -54,6 +54,7 @@ from wmtp import (
     mtp_targets,
     rho1_weights,
     weighted_mean,
+    weighted_mtp_loss,
 )
 
 
@@ -760,3 +761,16 @@ def test_a_weight_function_must_return_what_fits(form: str, stats: bool) -> None
         apply(form, tensors, case.labels, lambda ce, valid: ce[:, :, 0], stats=stats)
     with pytest.raises((TypeError, ValueError), match="weights"):
         apply(form, tensors, case.labels, lambda ce, valid: 1.0, stats=stats)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("count", [1e-39, 1e-46])
+def test_a_normalizer_without_a_reciprocal_is_refused(count: float) -> None:
+    logits, labels = torch.zeros(1, 3, 2, 4), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"normalizer must be 0 or at least 1\.17"):
+        weighted_mtp_loss(logits, labels, normalizer=count)
+
+
+def test_the_smallest_normalizer_has_a_reciprocal() -> None:
+    logits, labels = torch.zeros(1, 3, 2, 4), torch.ones(1, 3, dtype=torch.int64)
+    logits[..., 1] = 1e3
+    assert weighted_mtp_loss(logits, labels, normalizer=torch.finfo(torch.float32).tiny) == 0

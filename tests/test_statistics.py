@@ -216,3 +216,16 @@ def test_statistics_do_not_depend_on_the_order_of_tokens() -> None:
         weight_statistics(weights, valid), weight_statistics(weights.flip(1), valid), strict=True
     ):
         close(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1.0])
+def test_mean_and_deviation_at_any_scale(scale: float) -> None:
+    found = weight_statistics(scale * torch.tensor([[1.0, 3.0]]), torch.ones(1, 2).bool())
+    assert found.weight_mean.item() == pytest.approx(2 * scale)
+    assert found.weight_std.item() == pytest.approx(scale)
+
+
+def test_the_mean_of_the_largest_weights_is_finite() -> None:
+    largest = torch.full((1, 4), 3e38)
+    found = weight_statistics(largest, torch.ones(1, 4).bool())
+    assert (found.weight_mean, found.weight_std) == (largest[0, 0], 0)

@@ -314,3 +314,27 @@ def test_alignment_does_not_depend_on_the_layout(seed: int, seq: int, layout: st
     with untouched(x):
         aligned = align_to_heads(x, 2)
     assert torch.equal(aligned, align_to_heads(x.clone(), 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "fill", "expected"),
+    [([1, 2], 7.9, "a whole number for torch.int64, got 7.9"), ([1, 2], 0.5, "a whole number"),
+     ([True, False], 2, "0 or 1 for torch.bool, got 2")],
+)  # fmt: skip
+def test_a_fill_that_the_dtype_cannot_hold_is_refused(
+    row: list[float], fill: float, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=f"fill must be {expected}"):
+        align_to_heads(torch.tensor([row]), 1, fill=fill)
+
+
+def test_a_whole_fill_may_be_a_float() -> None:
+    assert align_to_heads(torch.tensor([[1, 2]]), 1, fill=3.0).tolist() == [[[2], [3]]]
+
+
+def test_labels_shifted_inside_each_document_give_the_same_targets() -> None:
+    tokens, segments = torch.arange(10, 19)[None], torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    shifted = mtp_targets(tokens, 1, segment_ids=segments)[..., 0]
+    for heads in (1, 2, 5):
+        here = mtp_targets(shifted, range(heads), segment_ids=segments)
+        assert torch.equal(here, mtp_targets(tokens, heads, segment_ids=segments))

@@ -445,6 +445,33 @@ def test_the_first_batch_is_whitened_with_its_own_statistics() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1.1, 100.3])
+@pytest.mark.parametrize("count", [3, 7, 10, 1000, 65536])
+def test_statistics_of_equal_scores_have_no_spread(value: float, count: int) -> None:
+    every = torch.ones(1, count, dtype=torch.bool)
+    seen = update_statistics(None, torch.full((1, count), value), every)
+    seen = update_statistics(seen, torch.full((1, 7), value), torch.ones(1, 7).bool(), decay=0.9)
+    assert seen.m2 == 0
+    assert seen.mean == torch.tensor(value)
+    scores, valid = torch.tensor([[-1.0, 0.0, 1.0]]), torch.ones(1, 3).bool()
+    found = wmtp.exp_weights(scores, valid, statistics=seen)
+    assert torch.equal(found, wmtp.exp_weights(scores, valid))
+
+
+def test_one_large_and_one_small_score_are_not_equal() -> None:
+    seen = update_statistics(None, torch.tensor([[-2.0, 2.0]]), torch.ones(1, 2).bool())
+    assert seen == (2, 0, 8)
+
+
+def test_statistics_that_differ_by_rounding_only_are_no_scale() -> None:
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    seen = update_statistics(None, torch.tensor([[100.0, 100.00001, 100.0]]), valid)
+    assert seen.m2 > 0
+    scores = torch.tensor([[0.0, 5.0, 100.0]])
+    found = wmtp.exp_weights(scores, valid, statistics=seen)
+    assert torch.equal(found, wmtp.exp_weights(scores, valid))
+
+
 def test_statistics_of_nothing_yet_whiten_nothing() -> None:
     scores, valid = 100 + 5 * normal(0, 2, 6), mask(1, 0.8, 2, 6)
     blank = update_statistics(None, scores, torch.zeros_like(valid))
@@ -696,6 +723,17 @@ def test_critic_delta_weights_refuse_what_does_not_fit() -> None:
 # ---------------------------------------------------------------------------- from the logits alone
 
 
+@pytest.mark.parametrize("mode", ["exp", "softmax", "top_k"])
+def test_padding_takes_no_place_among_the_critics_weights(mode: Any) -> None:
+    values, every = torch.tensor([[0.0, -0.5, -0.6, 0.9]]), torch.ones(1, 4, dtype=torch.bool)
+    real = torch.tensor([[1, 1, 1, 0]])
+    options: dict[str, Any] = {"mode": mode, "keep": 0.5, "initial_value": 0.3}
+    found = wmtp.critic_delta_weights(values, every, attention_mask=real, **options)
+    assert found[0, 3] == 0
+    known = wmtp.critic_delta_weights(values, real.bool(), attention_mask=real, **options)
+    assert torch.equal(found, known)
+
+
 @given(scored(dims=(3,)), st.sampled_from(["mean_one", "none"]), st.sampled_from([0.0, 1.0, 2.0]))
 def test_weights_of_cross_entropies_follow_the_oracle(
     case: Scored, mode: str, gamma: float
@@ -937,6 +975,20 @@ def test_a_member_without_a_coefficient_has_no_say() -> None:
             [w, other], torch.ones(1, 2).bool(), mode=mode, coefficients=[1.0, 0.0]
         )
         close(weights, torch.tensor([[0.5, 1.5]]), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [3e38, 1e39, 1e-46, 1e308, 1e-320])
+def test_a_mixture_knows_only_ratios_of_coefficients(scale: float) -> None:
+    members = [torch.tensor([[2.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0, 2.0]])]
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    found = wmtp.combine_weights(members, valid, coefficients=(scale, scale))
+    assert found.tolist() == [[1.0, 0.5, 1.0, 1.5]]
+
+
+def test_a_products_exponent_must_fit_into_float32() -> None:
+    w = torch.ones(1, 2)
+    with pytest.raises(ValueError, match=r"coefficients must lie in .* got 1e\+39"):
+        wmtp.combine_weights([w], w.bool(), mode="product", coefficients=[1e39])
 
 
 def test_combining_refuses_what_does_not_fit() -> None:

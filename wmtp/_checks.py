@@ -83,7 +83,11 @@ def whole(name: str, value: object, low: float = -math.inf, high: float = math.i
 def fits(name: str, value: float, dtype: torch.dtype) -> None:
     """Require a number that a dtype holds; what is infinite or NaN is left to the float dtypes."""
     is_number(name, value)
-    if dtype.is_complex or dtype == torch.bool:
+    if dtype.is_complex:
+        return
+    if dtype == torch.bool:
+        if value not in (0, 1):
+            raise ValueError(f"{name} must be 0 or 1 for torch.bool, got {value}")
         return
     if dtype.is_floating_point:
         limits = torch.finfo(dtype)
@@ -92,6 +96,8 @@ def fits(name: str, value: float, dtype: torch.dtype) -> None:
     else:
         limits = torch.iinfo(dtype)
     in_range(name, value, limits.min, limits.max)
+    if not dtype.is_floating_point and isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{name} must be a whole number for {dtype}, got {value}")
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

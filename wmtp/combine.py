@@ -79,7 +79,9 @@ def combine_weights(
             # A softmax of the logarithms is the normalised product, which by itself could underflow.
             logs = torch.stack([c * w.log() for c, w in pairs if c > 0]).sum(0)
             return softmax_weights(logs, valid, scope=scope, group=group)
-        raw = torch.stack([c * w for c, w in pairs]).sum(0)
+        # Relative to the largest, which cancels: what float32 does not hold would be lost.
+        largest = max(shares)
+        raw = torch.stack([c / largest * w for c, w in pairs]).sum(0)
     return normalize_weights(raw, valid, scope=scope, group=group)
 
 
@@ -97,6 +99,8 @@ def _check_coefficients(
         )
     for c in coefficients:
         _checks.in_range("coefficients", c, 0.0, open_high=True)
+        if mode == "product":
+            _checks.fits("coefficients", c, torch.float32)
     if sum(coefficients) == 0:
         raise ValueError(f"coefficients must not all be 0, got {list(coefficients)}")
     return tuple(coefficients)

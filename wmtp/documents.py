@@ -41,6 +41,7 @@ def find_documents(
     position_ids: Tensor | None = None,
     segment_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    name: str = "labels",
 ) -> Documents:
     """Read the documents from whichever descriptions the caller has.
 
@@ -54,6 +55,7 @@ def find_documents(
         segment_ids: ``[batch seq]``, equal within a document.
         cu_seqlens: ``[documents + 1]`` cumulative lengths over the one row of a flattened batch,
             from 0; tokens behind the last boundary belong to no document.
+        name: what the caller calls ``like``.
 
     Raises:
         ValueError: a description of another shape, ``cu_seqlens`` with a batch of more than one row,
@@ -61,7 +63,7 @@ def find_documents(
     """
     batch, seq = like.shape
     _checks.same_device(
-        labels=like,
+        **{name: like},
         attention_mask=attention_mask,
         position_ids=position_ids,
         segment_ids=segment_ids,

@@ -190,7 +190,7 @@ def linear_problem(
         hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _checks.same_dtype(
-        "cast them to one dtype or call under torch.autocast",
+        "cast them to one dtype, or call under torch.autocast (which leaves float64 alone)",
         hidden=hidden,
         unembedding=unembedding,
         bias=bias,

@@ -466,7 +466,10 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
         return normalizer.detach().to(like)
     if isinstance(normalizer, str):
         raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
-    _checks.in_range("normalizer", normalizer, 0.0, torch.finfo(like.dtype).max)
+    limits = torch.finfo(like.dtype)
+    _checks.in_range("normalizer", normalizer, 0.0, limits.max)
+    if 0 < normalizer < limits.tiny:
+        raise ValueError(f"normalizer must be 0 or at least {limits.tiny}, got {normalizer}")
     return like.new_full((), normalizer)
 
 

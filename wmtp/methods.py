@@ -135,7 +135,7 @@ def critic_delta_weights(
         statistics: as in ``exp_weights``.
         initial_value: ``"first"`` or ``V_{−1}``.
         segment_ids: ``[batch seq]`` or ``None``.
-        attention_mask: ``[batch seq]`` or ``None``.
+        attention_mask: ``[batch seq]`` or ``None``; padding has weight 0.
         scope: as in the function that ``mode`` names.
         group: process group whose ranks share the scope.
 
@@ -171,6 +171,9 @@ def critic_delta_weights(
         segment_ids=segment_ids,
         attention_mask=attention_mask,
     )
+    if attention_mask is not None:
+        # Padding has no score, and takes nobody's place.
+        valid = valid & (attention_mask != 0)
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
     if mode == "softmax":

@@ -93,7 +93,7 @@ class MTPHeads(nn.Module):
         # The products need one dtype; autocast casts to it, but no float64.
         if len(kinds) > 1 and (torch.float64 in kinds or not _autocast(hidden)):
             _checks.same_dtype(
-                "cast them to one dtype or call under torch.autocast",
+                "cast them to one dtype, or call under torch.autocast (which leaves float64 alone)",
                 hidden=hidden,
                 parameters=self.inner,
             )

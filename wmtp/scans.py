@@ -33,7 +33,9 @@ def find_trajectories(
     _checks.rank_in("values", values, (2,), "[batch seq]")
     _checks.same_shape("valid", valid, "values", values)
     _checks.same_device(values=values, valid=valid)
-    documents = find_documents(values, segment_ids=segment_ids, attention_mask=attention_mask)
+    documents = find_documents(
+        values, segment_ids=segment_ids, attention_mask=attention_mask, name="values"
+    )
     trained = valid & documents.real
     continues = documents.continues()
     inner = shift_left(continues)

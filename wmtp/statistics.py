@@ -86,16 +86,16 @@ def weight_statistics(
     count = used.sum()
     divisor = count.clamp(min=1).to(entries.dtype)
     values = torch.where(used, entries, 0)
-    mean = values.sum() / divisor
-    variance = torch.where(used, values - mean, 0).square().sum() / divisor
     # Divided by the largest: squares and sums of huge weights would overflow.
     peak = torch.cat([values.abs(), values.new_zeros(1)]).amax()
     scaled = values / torch.where(peak > 0, peak, 1)
+    mean = scaled.sum() / divisor
+    variance = torch.where(used, scaled - mean, 0).square().sum() / divisor
     quantiles = _quantiles(entries, used, count, (0.0, 0.25, 0.5, 0.75, 0.95, 1.0))
     smallest, p25, p50, p75, p95, largest = quantiles.unbind()
     return WeightStatistics(
-        weight_mean=mean,
-        weight_std=variance.sqrt(),
+        weight_mean=peak * mean,
+        weight_std=peak * variance.sqrt(),
         weight_min=smallest,
         weight_max=largest,
         weight_p25=p25,

@@ -44,7 +44,8 @@ def align_to_heads(
         ``[batch seq heads]`` in the dtype of ``per_token``; differentiable.
 
     Raises:
-        ValueError: offsets that are empty, negative or not strictly increasing.
+        ValueError: offsets that are empty, negative or not strictly increasing; a ``fill`` that the
+            dtype does not hold.
         TypeError: arguments of another type or number of axes.
 
     Example:
@@ -87,9 +88,10 @@ def mtp_targets(
     Args:
         labels: ``[batch seq]`` int64, *not* shifted: entry ``j`` is token ``x_j`` or ``ignore_index``.
         offsets: an int ``H``, meaning ``1, …, H``, or strictly increasing non-negative ints:
-            ``range(H)`` for labels that are already shifted by one, ``range(2, H + 2)`` for extra
-            heads only. Tokens ``a b c d e``, ``H = 3``: position 0 targets ``b c d``, position 3
-            targets ``e`` and nothing else, position 4 nothing.
+            ``range(H)`` for labels that are already shifted by one (inside each document: where the
+            next token is another document's, the label is ``ignore_index``; the descriptions below stay
+            as they are), ``range(2, H + 2)`` for extra heads only. Tokens ``a b c d e``, ``H = 3``:
+            position 0 targets ``b c d``, position 3 targets ``e`` and nothing else, position 4 nothing.
         ignore_index: the label that means "no target".
         attention_mask: ``[batch seq]``, 0 at padding.
         position_ids: ``[batch seq]`` that restart with every document; any step other than +1 is a

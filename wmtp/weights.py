@@ -135,7 +135,8 @@ def exp_weights(
         whiten: whether to divide by the standard deviation, of each head by itself; without it the
             scores are used as they are.
         statistics: running statistics to whiten with, from ``update_statistics``; ``None``, or
-            statistics without any spread yet, mean those of this batch.
+            statistics without any spread yet, mean those of this batch. They are sums of squares in
+            float32: magnitudes between 1e-18 and 1e18, say.
         scope: where the mean is one; whitening is always over the batch.
         group: process group whose ranks share batch and scope.
 
@@ -164,15 +165,13 @@ def exp_weights(
         found = batch_statistics(scores, valid, group)
         if statistics is not None:
             # Nothing seen yet, or nothing that differs: no scale to whiten with.
-            fresh = statistics.m2 <= 0
+            fresh = statistics.flat
             found = WhiteningStatistics(
                 *(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=True))
             )
-        spread = found.std
         # Scores without any spread say nothing: their differences are rounding.
-        flat = spread <= torch.finfo(spread.dtype).eps * found.mean.abs()
-        whitened = (scaled - found.mean) / torch.where(flat, 1, spread)
-        scaled = torch.where(flat & whitened.isfinite(), 0, whitened)
+        whitened = (scaled - found.mean) / torch.where(found.flat, 1, found.std)
+        scaled = torch.where(found.flat & whitened.isfinite(), 0, whitened)
     raw = _exponential(scaled, valid, beta, Scoped(scores, scope, group))
     return normalize_weights(raw, valid, clip=clip, scope=scope, group=group)
 

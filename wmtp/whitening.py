@@ -28,6 +28,12 @@ class WhiteningStatistics(NamedTuple):
         """Population standard deviation, 0 before the first score."""
         return (self.m2 / torch.where(self.count > 0, self.count, 1)).sqrt()
 
+    @property
+    def flat(self) -> Bool[Tensor, "*heads"]:
+        """Whether there is no deviation but what rounding makes of the mean."""
+        spread = self.std
+        return spread <= torch.finfo(spread.dtype).eps * self.mean.abs()
+
 
 @typed
 def update_statistics(
@@ -107,5 +113,10 @@ def batch_statistics(
     count = scoped.total(use.to(values.dtype))
     mean = scoped.total(torch.where(use, values, 0)) / count.clamp(min=1)
     m2 = scoped.total(torch.where(use, values - mean, 0).square())
+    # Equal scores have no deviation, also when their mean rounds.
+    limit = torch.finfo(values.dtype).max
+    largest = scoped.largest(torch.where(use, values, -limit), -limit)
+    equal = largest == -scoped.largest(torch.where(use, -values, -limit), -limit)
+    mean, m2 = torch.where(equal, largest, mean), torch.where(equal, 0, m2)
     shape = scores.shape[2:]
     return WhiteningStatistics(*(part.reshape(shape) for part in (count, mean, m2)))

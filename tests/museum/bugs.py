@@ -314,8 +314,8 @@ SCORES = (
         "the last value of one packed document is the next one's V_{−1}",
         _issue("alibaba/ROLL", 447),
         "wmtp/scans.py",
-        "find_documents(values, segment_ids=segment_ids, attention_mask=attention_mask)",
-        "find_documents(values, attention_mask=attention_mask)",
+        "values, segment_ids=segment_ids, attention_mask=attention_mask,",
+        "values, attention_mask=attention_mask,",
         "test_scores.py",
     ),
 )
@@ -419,7 +419,7 @@ WEIGHTS = (
         "running statistics start at mean 0 and deviation 1 and are used before the first update",
         "exponential moving averages of TD statistics",
         "wmtp/weights.py",
-        "fresh = statistics.m2 <= 0",
+        "fresh = statistics.flat",
         """fresh = torch.zeros_like(statistics.m2).bool()
             blank = (statistics.m2 <= 0).to(found.mean)
             statistics = WhiteningStatistics(

@@ -237,13 +237,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Both are the same record.",
     (
         "weights",
-        "whitened = (scaled - found.mean) / torch.where(flat, 1, spread)",
-        "whitened = (scaled - found.mean) / torch.where(flat, 2, spread)",
+        "whitened = (scaled - found.mean) / torch.where(found.flat, 1, found.std)",
+        "whitened = (scaled - found.mean) / torch.where(found.flat, 2, found.std)",
     ): "Where the scores are flat only whether this is finite is looked at.",
     (
         "weights",
-        "scaled = torch.where(flat & whitened.isfinite(), 0, whitened)",
-        "scaled = torch.where(flat & whitened.isfinite(), 1, whitened)",
+        "scaled = torch.where(found.flat & whitened.isfinite(), 0, whitened)",
+        "scaled = torch.where(found.flat & whitened.isfinite(), 1, whitened)",
     ): "A common shift of the exponents drops out.",
     (
         "weights",

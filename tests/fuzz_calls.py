@@ -390,7 +390,8 @@ def _judge_coefficients(value: Any, arguments: Arguments, sizes: dict[str, int])
         return False
     good = all(0 <= x < math.inf for x in value) and any(x > 0 for x in value)
     good = good and not beyond(*value)
-    return good and (True if all(x == 0 or 1e-30 < x < 1e30 for x in value) else None)
+    ordinary = arguments["mode"] == "mixture" or all(x == 0 or 1e-30 < x < 1e30 for x in value)
+    return good and (True if ordinary else None)
 
 
 def _judge_generator(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:

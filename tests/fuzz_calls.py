@@ -166,6 +166,9 @@ def number(
     return Law(make, optional=optional, judge=judge, related=related)
 
 
+_NUMBER = number(lambda w: w.random.choice((0, 1.5)))
+
+
 def choice(*names: str, related: tuple[str, ...] = ()) -> Law:
     def judge(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
         return isinstance(value, str) and value in names
@@ -392,6 +395,16 @@ def _judge_coefficients(value: Any, arguments: Arguments, sizes: dict[str, int])
     good = good and not beyond(*value)
     ordinary = arguments["mode"] == "mixture" or all(x == 0 or 1e-30 < x < 1e30 for x in value)
     return good and (True if ordinary else None)
+
+
+def _judge_fill(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
+    verdict, row = _NUMBER.judge(value, arguments, sizes), arguments["per_token"]  # pyright: ignore
+    if verdict is not True or row.is_floating_point() or row.is_complex():
+        return verdict
+    if row.dtype == torch.bool:
+        return value in (0, 1)
+    limits = torch.iinfo(row.dtype)
+    return limits.min <= value <= limits.max and value == int(value)
 
 
 def _judge_generator(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
@@ -700,7 +713,7 @@ CALLS: dict[str, Call] = {
     "align_to_heads": Call(
         wmtp.align_to_heads,
         {"per_token": tensor(lambda w: w.normal("b s"), "any", "b s"), "offsets": OFFSETS,
-         "fill": number(lambda w: w.random.choice((0, 1.5)))},
+         "fill": Law(_NUMBER.make, judge=_judge_fill, related=("per_token",))},
         _spread("per_token"),
     ),
     "mtp_targets": Call(

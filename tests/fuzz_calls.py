@@ -713,7 +713,7 @@ CALLS: dict[str, Call] = {
     "align_to_heads": Call(
         wmtp.align_to_heads,
         {"per_token": tensor(lambda w: w.normal("b s"), "any", "b s"), "offsets": OFFSETS,
-         "fill": Law(_NUMBER.make, judge=_judge_fill, related=("per_token",))},
+         "fill": Law(lambda w: w.random.choice((0, 1)), judge=_judge_fill, related=("per_token",))},
         _spread("per_token"),
     ),
     "mtp_targets": Call(

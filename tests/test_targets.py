@@ -328,8 +328,9 @@ def test_a_fill_that_the_dtype_cannot_hold_is_refused(
         align_to_heads(torch.tensor([row]), 1, fill=fill)
 
 
-def test_a_whole_fill_may_be_a_float() -> None:
+def test_a_fill_may_be_of_another_type_if_it_fits() -> None:
     assert align_to_heads(torch.tensor([[1, 2]]), 1, fill=3.0).tolist() == [[[2], [3]]]
+    assert align_to_heads(torch.tensor([[1j, 2j]]), 1, fill=0.5).tolist() == [[[2j], [0.5]]]
 
 
 def test_labels_shifted_inside_each_document_give_the_same_targets() -> None:

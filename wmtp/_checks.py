@@ -114,12 +114,15 @@ def same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device, got {places}")
 
 
-def same_dtype(hint: str, **tensors: Tensor | None) -> None:
-    """Require all tensors in one dtype."""
+def same_dtype(**tensors: Tensor | None) -> None:
+    """Require all tensors in one dtype, as the products do."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if len({tensor.dtype for tensor in present.values()}) > 1:
         dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in present.items())
-        raise ValueError(f"dtypes must agree, got {dtypes}; {hint}")
+        raise ValueError(
+            f"dtypes must agree, got {dtypes}; cast them to one dtype, or call under torch.autocast "
+            "(which leaves float64 alone)"
+        )
 
 
 def not_bytes(name: str, values: object) -> None:

@@ -189,12 +189,7 @@ def linear_problem(
         dtype = torch.get_autocast_dtype(kind)
         hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _checks.same_dtype(
-        "cast them to one dtype, or call under torch.autocast (which leaves float64 alone)",
-        hidden=hidden,
-        unembedding=unembedding,
-        bias=bias,
-    )
+    _checks.same_dtype(hidden=hidden, unembedding=unembedding, bias=bias)
     rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
     target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")
     budget = slab_budget(slab_bytes, hidden, unembedding)

@@ -93,7 +93,8 @@ def weighted_mtp_loss(
         normalizer: the denominator ``Z``. ``"weights"``: a weighted mean, the scale of ``w`` is
             immaterial. ``"tokens"``: the number of valid predictions per head. A number or 0-d tensor,
             such as ``num_items_in_batch``: one count over the whole accumulation window and all
-            ranks, so that micro-batches add up to the gradient of the whole. Signed weights need one
+            ranks, so that micro-batches add up to the gradient of the whole; 0, where there was
+            nothing to count, gives 0, and what has no reciprocal is refused. Signed weights need one
             of the last two. Tensors given here or as ``head_weights`` are not checked: reading them
             would synchronise.
         ignore_index: the label that means "no target".

@@ -92,11 +92,7 @@ class MTPHeads(nn.Module):
         kinds = {hidden.dtype, self.inner.dtype}
         # The products need one dtype; autocast casts to it, but no float64.
         if len(kinds) > 1 and (torch.float64 in kinds or not _autocast(hidden)):
-            _checks.same_dtype(
-                "cast them to one dtype, or call under torch.autocast (which leaves float64 alone)",
-                hidden=hidden,
-                parameters=self.inner,
-            )
+            _checks.same_dtype(hidden=hidden, parameters=self.inner)
         inside = einsum(self.norm(hidden), self.inner, "b t d, h w d -> b t h w")
         change = einsum(F.silu(inside), self.outer, "b t h w, h d w -> b t h d")
         trunk = rearrange(hidden, "b t d -> b t 1 d")

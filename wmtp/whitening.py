@@ -115,8 +115,9 @@ def batch_statistics(
     m2 = scoped.total(torch.where(use, values - mean, 0).square())
     # Equal scores have no deviation, also when their mean rounds.
     limit = torch.finfo(values.dtype).max
-    largest = scoped.largest(torch.where(use, values, -limit), -limit)
-    equal = largest == -scoped.largest(torch.where(use, -values, -limit), -limit)
+    ends = torch.cat([torch.where(use, values, -limit), torch.where(use, -values, -limit)])
+    largest, negated = scoped.largest(ends, -limit).chunk(2)
+    equal = largest == -negated
     mean, m2 = torch.where(equal, largest, mean), torch.where(equal, 0, m2)
     shape = scores.shape[2:]
     return WhiteningStatistics(*(part.reshape(shape) for part in (count, mean, m2)))

@@ -7,6 +7,10 @@ until the gradient is written over it. ``triton_softmax.py`` has the same three 
 The gradient's entry at the target is written as 0 and given back by itself, ``at_target``. It is a
 row's largest entry and the only one that a rank-one update, rows × dim, can add to both products in
 the wide dtype: so the target's part of a gradient is rounded once, at the end.
+
+Logits of an ordinary size are neither shifted by their largest nor divided by their sum: a slab of
+``exp(z)`` takes two passes where a softmax takes four, and what is left to multiply its rows with, the
+reciprocal of the sum, is for the caller to fold into a factor of rows × dim.
 """
 
 import functools
@@ -30,6 +34,13 @@ _SAMPLE = 64
 _COARSE = math.exp(-8.0)
 # A target tells its own row's unless its probability is near to underflow.
 _TINY = math.exp(-30.0)
+# Exponentials of logits are summed as they are if the log of the sum is no further from 0: no term that
+# counts overflows or underflows then, in products with other operands neither.
+_MOST_LOG_SUM = 32.0
+# What rows are still to be multiplied with is divided out of the slab if it would be less than this.
+_LEAST_LEFT = 2.0**-100
+# Row-local weights that look at every probability of a row.
+_WHOLE_ROW = ("entropy", "el2n")
 
 
 class ColumnSums(NamedTuple):
@@ -89,9 +100,8 @@ def reduce_columns(
         if with_sum:
             total[tile] = z.sum(1)
         sample = z[:, :_SAMPLE].clone()
-        # The fastest pass that torch has; any column tells the sum, z − log p.
-        torch.log_softmax(z, 1, out=out)
-        base[tile], log_sum[tile] = _anchored(sample, out, slab, softcap, are_logs=True)
+        p, whole = _exponentials(z, out, slab, softcap)
+        base[tile], log_sum[tile] = _anchored(sample, p, whole, slab, softcap)
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
 
@@ -104,22 +114,25 @@ def gradient_over_rows(
     weighting: RowLocal,
     with_correct: bool,
     scratch: Tensor,
-) -> tuple[Rows, Tensor]:
-    """Everything about rows of the whole vocabulary, and ``dℓ/dz`` at each row's target.
+) -> tuple[Rows, Tensor, Tensor | None]:
+    """Everything about rows of the whole vocabulary, ``dℓ/dz`` at each row's target, and what is left.
 
-    The slab becomes ``dℓ/dz``: what a row counts is for the caller to multiply with, in rows × dim.
+    The slab's rows, multiplied with what is left (1 if ``None``), are ``dℓ/dz``. That, and what a row
+    counts, is for the caller to multiply with, in rows × dim.
     """
     kernels = _kernels(logits)
     if kernels is not None:
         *seen, at_target = kernels.gradient_over_rows(
             logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
-        return Rows(*seen), at_target
+        return Rows(*seen), at_target, None
     rows, vocab = logits.shape
-    chosen, p_target, base, log_sum, mean = (
-        logits.new_empty(rows, dtype=scratch.dtype) for _ in range(5)
+    divided = label_smoothing > 0 or weighting.kind in _WHOLE_ROW
+    chosen, p_target, p_others, base, log_sum, mean = (
+        logits.new_empty(rows, dtype=scratch.dtype) for _ in range(6)
     )
     correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(chosen)
+    left = torch.ones_like(chosen)
     for tile in _tiles(logits, scratch):
         column, slab = wanted[tile], logits[tile]
         z, out = _widened(slab, softcap, scratch)
@@ -128,23 +141,66 @@ def gradient_over_rows(
             correct[tile] = _first_max(z)[1] == column
         if label_smoothing:
             mean[tile] = z.mean(1)
-        p = torch.softmax(z, 1, out=out)
-        p_target[tile] = of_own = _at(p, column)
-        base[tile], log_sum[tile] = row_base, row_sum = _by_target(own, of_own, p, slab, softcap)
+        told = _by_target_and_others(z, out, column, slab, softcap, divided)
+        p, of_own, of_others, whole = told
+        p_target[tile], p_others[tile] = of_own, of_others
+        row_base, row_sum = _by_target(own, *told, slab, softcap)
+        base[tile], log_sum[tile] = row_base, row_sum
         if weighting.kind != "none":
-            weight[tile] = _local_weight(weighting, p, column, of_own)
-        over_row = None
+            weight[tile] = _local_weight(weighting, p, column, of_own, of_others)
+        over_row = 1 / whole
         if z_loss:
-            over_row = 1 + 2 * z_loss * (row_base + row_sum)
-        _write_gradient(slab, p, column, None, over_row, None, label_smoothing, softcap, vocab)
+            over_row *= 1 + 2 * z_loss * (row_base + row_sum)
+        if label_smoothing:
+            p.mul_(over_row.unsqueeze(1)).sub_(label_smoothing / vocab)
+        else:
+            left[tile] = over_row
+        _write_gradient(slab, p, column, None, None, softcap)
     loss = ce = (base - chosen) + log_sum
     if label_smoothing:
         loss = torch.lerp(ce, (base - mean) + log_sum, label_smoothing)
     lse = base + log_sum
     if z_loss:
         loss = loss + z_loss * lse.square()
-    at_target = _gradient_at_target(p_target, chosen, lse, label_smoothing, z_loss, softcap, vocab)
-    return Rows(loss, ce, base, log_sum, correct, weight), at_target
+    at_target = _gradient_at_target(
+        p_target, p_others, chosen, lse, label_smoothing, z_loss, softcap, vocab
+    )
+    return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
+
+
+def times_left(scale: Tensor, left: Tensor | None, slab: Tensor) -> Tensor:
+    """``scale · left``, or the scale if that would be too small: then the slab's rows get what is left."""
+    if left is None:
+        return scale
+    product = scale * left
+    if bool(((product.abs() >= _LEAST_LEFT) | (scale == 0)).all()):
+        return product
+    slab.mul_(left.unsqueeze(1))
+    return scale
+
+
+def left_over_columns(
+    logits: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
+    factor: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor | None:
+    """What the rows that ``gradient_over_columns`` makes are to be multiplied with, whatever the columns.
+
+    ``None``, if that is 1, because the slab's rows are multiplied with it already: by a kernel, or
+    where exponentials of logits as they are would not do.
+    """
+    if _kernels(logits) is not None or logits.dtype == torch.float16 or label_smoothing:
+        return None
+    lse = base + log_sum
+    left = factor * torch.exp(-base) * torch.exp(-log_sum)
+    if z_loss:
+        left = left * (1 + 2 * z_loss * lse)
+    # Nothing is left of rows whose factor is 0.
+    fits = (lse.abs() <= _MOST_LOG_SUM) & ((left.abs() >= _LEAST_LEFT) | (factor == 0))
+    return left if bool(fits.all()) else None
 
 
 def gradient_over_columns(
@@ -158,11 +214,13 @@ def gradient_over_columns(
     softcap: float,
     vocab: int,
     scratch: Tensor,
+    is_left: bool,
 ) -> Tensor:
     """The slab of some columns becomes ``factor · dℓ/dz``; gives the gradient at the target.
 
     ``base`` and ``log_sum`` are the whole rows'. ``wanted`` counts from the slab's first column; 0 is
-    given where it is not in the slab.
+    given where it is not in the slab. With ``is_left`` the slab's rows are still to be multiplied with what
+    ``left_over_columns`` has given for them.
     """
     kernels = _kernels(logits)
     if kernels is not None:
@@ -176,26 +234,32 @@ def gradient_over_columns(
         slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
         chosen[tile] = _at(z, column[tile])
-        sample = z[:, :_SAMPLE].clone()
-        # Softmax over these columns, times their share of the whole: torch's exp takes longer.
-        p = torch.softmax(z, 1, out=out)
-        own_base, own_sum = _anchored(sample, p, slab, softcap, are_logs=False)
-        over_row = ((own_base - base[tile]) + (own_sum - log_sum[tile])).exp_()
-        if growth is not None:
-            over_row *= growth[tile]
-        _write_gradient(
-            slab, p, column[tile], inside[tile], over_row, factor[tile],
-            label_smoothing, softcap, vocab,
-        )  # fmt: skip
-    p_target = ((chosen - base) - log_sum).exp()
+        over_row = None
+        if is_left:
+            p = torch.exp(z, out=slab if z is slab else out)
+        else:
+            # A softmax over these columns, times their share of the whole.
+            sample = z[:, :_SAMPLE].clone()
+            p = torch.softmax(z, 1, out=out)
+            own_base, own_sum = _anchored(sample, p, torch.ones_like(base[tile]), slab, softcap)
+            over_row = ((own_base - base[tile]) + (own_sum - log_sum[tile])).exp_()
+            if growth is not None:
+                over_row *= growth[tile]
+            if label_smoothing:
+                p.mul_(over_row.unsqueeze(1)).sub_(label_smoothing / vocab)
+                over_row = 1
+            over_row = over_row * factor[tile]
+        _write_gradient(slab, p, column[tile], inside[tile], over_row, softcap)
+    log_p = (chosen - base) - log_sum
     at_target = factor * _gradient_at_target(
-        p_target, chosen, lse, label_smoothing, z_loss, softcap, vocab
+        log_p.exp(), -log_p.expm1(), chosen, lse, label_smoothing, z_loss, softcap, vocab
     )
     return torch.where(inside, at_target, 0)
 
 
 def _gradient_at_target(
     p: Tensor,
+    p_others: Tensor,
     chosen: Tensor,
     lse: Tensor,
     label_smoothing: float,
@@ -203,15 +267,16 @@ def _gradient_at_target(
     softcap: float,
     vocab: int,
 ) -> Tensor:
-    """``dℓ/dz`` at each row's target, whose probability is ``p``.
+    """``dℓ/dz`` at each row's target, whose probability is ``p``, and ``1 − p`` that of the others.
 
     ``dℓ/dz_v = (1 + 2 · z_loss · lse) p_v − (1 − ε) [v = y] − ε / V``, times the softcap's slope
     ``1 − tanh²``.
     """
-    out = p * (1 + 2 * z_loss * lse) if z_loss else p
-    out = out - (1 - label_smoothing)
+    out = -p_others
+    if z_loss:
+        out = out + p * (2 * z_loss * lse)
     if label_smoothing:
-        out = out - label_smoothing / vocab
+        out = out + label_smoothing * (1 - 1 / vocab)
     return out * (1 - (chosen / softcap).square()) if softcap else out
 
 
@@ -221,17 +286,9 @@ def _write_gradient(
     column: Tensor,
     inside: Tensor | None,
     over_row: Tensor | None,
-    scale: Tensor | None,
-    label_smoothing: float,
     softcap: float,
-    vocab: int,
 ) -> None:
-    """Turn probabilities, ``p`` times what their row counts, into ``scale · dℓ/dz``, 0 at the target."""
-    if label_smoothing:
-        if over_row is not None:
-            p.mul_(over_row.unsqueeze(1))
-        p.sub_(label_smoothing / vocab)
-        over_row = None
+    """``dℓ/dz`` from that of the capped logits, ``p``, times ``over_row``, with 0 at the target."""
     if softcap:
         # Where the dtypes agree the slab itself is used up: it is written over below.
         p.mul_(1 - slab.to(p.dtype).div_(softcap).tanh_().square_())
@@ -240,30 +297,31 @@ def _write_gradient(
         p.scatter_(1, index, 0.0)
     else:
         p.scatter_(1, index, p.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
-    if scale is not None:
-        over_row = scale if over_row is None else scale * over_row
     if over_row is None:
-        slab.copy_(p)
+        if p is not slab:
+            slab.copy_(p)
     elif p.dtype == slab.dtype:
         torch.mul(p, over_row.unsqueeze(1), out=slab)
     else:
         slab.copy_(p.mul_(over_row.unsqueeze(1)))
 
 
-def _local_weight(weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor) -> Tensor:
+def _local_weight(
+    weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor, p_others: Tensor
+) -> Tensor:
     """A row's weight by its own probabilities: see ``row_local.RowLocalWeights``."""
     kind, power = weighting
     if kind == "dft":
         score = p_target
     elif kind == "focal":
-        score = 1 - p_target
+        score = p_others
     elif kind == "entropy":
         # Not as lse − Σ p z, whose terms are as large as the logits.
         score = -torch.xlogy(p, p).sum(1)
     else:
         # Without the target, whose square would swallow the others'; it is written apart anyway.
         p.scatter_(1, column.unsqueeze(1), 0.0)
-        score = (_dot(p, p) + (1 - p_target).square()).sqrt()
+        score = (_dot(p, p) + p_others.square()).sqrt()
     return score.clamp(min=0).pow(power)
 
 
@@ -275,46 +333,92 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     return (slab if slab.dtype == out.dtype else out.copy_(slab)), out
 
 
+def _exponentials(z: Tensor, out: Tensor, slab: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Each row's probabilities times the second result: exponentials and their sum, or a softmax and 1.
+
+    ``z`` are the slab's logits as ``_widened`` gives them.
+    """
+    if slab.dtype != torch.float16:
+        whole = torch.exp(z, out=out).sum(1)
+        if _ordinary(whole):
+            return out, whole
+        z, out = _widened(slab, softcap, out.flatten())
+    return torch.softmax(z, 1, out=out), out.new_ones(len(out))
+
+
+def _by_target_and_others(
+    z: Tensor, out: Tensor, column: Tensor, slab: Tensor, softcap: float, divided: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities of the target and of all others, between those that ``_exponentials`` gives.
+
+    The others are summed by themselves, for what is left of 1 by a probable target would be its rounding;
+    the target's entry becomes 0. Not with ``divided``, which asks for the softmax of whole rows.
+    """
+    if not divided and slab.dtype != torch.float16:
+        index = column.unsqueeze(1)
+        own = _at(torch.exp(z, out=out), column)
+        others = out.scatter_(1, index, 0.0).sum(1)
+        whole = own + others
+        if _ordinary(whole):
+            return out, own / whole, others / whole, whole
+        z, out = _widened(slab, softcap, out.flatten())
+    own = _at(torch.softmax(z, 1, out=out), column)
+    return out, own, 1 - own, torch.ones_like(own)
+
+
+def _ordinary(whole: Tensor) -> bool:
+    """Whether the sums of exponentials are such as ``_MOST_LOG_SUM`` says; not if one is NaN."""
+    low, high = torch.aminmax(whole)
+    return math.exp(-_MOST_LOG_SUM) <= float(low) and float(high) <= math.exp(_MOST_LOG_SUM)
+
+
 def _anchored(
-    sample: Tensor, out: Tensor, slab: Tensor, softcap: float, *, are_logs: bool
+    sample: Tensor, p: Tensor, whole: Tensor, slab: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """A probable logit of each row, and the log-sum-exp less that: ``−log p`` of that logit.
 
-    ``out`` are (log-)probabilities over the slab's columns, ``sample`` the logits of the first ones.
+    ``p / whole`` are probabilities over the slab's columns, ``sample`` the logits of the first ones.
     Rows of −inf have base 0 and log-sum −inf, and their probabilities become 0.
     """
-    p, at = out[:, : sample.shape[1]].max(1)
-    base = _at(sample, at)
-    limit = math.log(_COARSE) if are_logs else _COARSE
-    if bool(p.amin() >= limit):
-        return base, 0 - (p if are_logs else p.log())
-    where = (~(p >= limit)).nonzero().squeeze(1)
-    base[where], p[where] = _most_probable(where, out, slab, softcap)
-    log_sum = 0 - (p if are_logs else p.log())
+    best, at = p[:, : sample.shape[1]].max(1)
+    base, told = _at(sample, at), best / whole
+    if bool(told.amin() >= _COARSE):
+        return base, 0 - told.log()
+    where = (~(told >= _COARSE)).nonzero().squeeze(1)
+    base[where], told[where] = _most_probable(where, p, whole, slab, softcap)
+    log_sum = 0 - told.log()
     masked = base == -torch.inf
-    base[masked], log_sum[masked], out[masked] = 0, -torch.inf, 0
+    base[masked], log_sum[masked], p[masked] = 0, -torch.inf, 0
     return base, log_sum
 
 
 def _by_target(
-    chosen: Tensor, p_target: Tensor, p: Tensor, slab: Tensor, softcap: float
+    chosen: Tensor,
+    p: Tensor,
+    p_target: Tensor,
+    p_others: Tensor,
+    whole: Tensor,
+    slab: Tensor,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same as the target tells it, which has logit ``chosen``."""
+    """The same as the target tells it, which has logit ``chosen``: ``log(1 + others / target)``."""
+    log_sum = torch.log1p(p_others / p_target)
     if bool(p_target.amin() >= _TINY):
-        return chosen, 0 - p_target.log()
+        return chosen, log_sum
     where = (~(p_target >= _TINY)).nonzero().squeeze(1)
-    base, told = chosen.clone(), p_target.clone()
-    base[where], told[where] = _most_probable(where, p, slab, softcap)
-    return base, 0 - told.log()
+    base = chosen.clone()
+    base[where], told = _most_probable(where, p, whole, slab, softcap)
+    log_sum[where] = 0 - told.log()
+    return base, log_sum
 
 
 def _most_probable(
-    where: Tensor, out: Tensor, slab: Tensor, softcap: float
+    where: Tensor, p: Tensor, whole: Tensor, slab: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """The largest logit of some rows and its (log-)probability."""
-    best, at = out[where].max(1)
-    logit = slab[where, at].to(out.dtype)
-    return (torch.tanh(logit / softcap) * softcap if softcap else logit), best
+    """The largest logit of some rows and its probability."""
+    best, at = p[where].max(1)
+    logit = slab[where, at].to(p.dtype)
+    return (torch.tanh(logit / softcap) * softcap if softcap else logit), best / whole[where]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

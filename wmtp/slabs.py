@@ -33,8 +33,10 @@ from wmtp.products import (
 from wmtp.slab_softmax import (
     gradient_over_columns,
     gradient_over_rows,
+    left_over_columns,
     reduce_columns,
     scratch_for,
+    times_left,
 )
 
 
@@ -141,12 +143,13 @@ def forward_backward_rows(
         filled = gathered(hidden, block, filled_up(len(block), rows))
         x, wanted, logits = filled[: len(block)], problem.target[block], slab[: len(block)]
         _product(problem, filled, slice(0, problem.vocab), slab[: len(filled)])
-        done, at_target = gradient_over_rows(
+        done, at_target, left = gradient_over_rows(
             logits, wanted, problem.label_smoothing, problem.z_loss, problem.softcap,
             weighting, with_correct, scratch,
         )  # fmt: skip
         scale = factor[block] * done.weight
         at_target = scale * at_target
+        scale = times_left(scale, left, logits)
         for column, values in zip(found, done, strict=True):
             column[block] = values
         if needs[0]:
@@ -185,6 +188,9 @@ def backward_columns(
     x, weight = filled[: len(active)], problem.unembedding
     unit = _unit(factor, x, weight)
     factor = factor / unit
+    left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
+    scale = torch.ones_like(factor) if left is None else left
+    scaled = x if left is None else (x * left.unsqueeze(1)).to(x.dtype)
     of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
@@ -207,20 +213,20 @@ def backward_columns(
             at_target[block] += gradient_over_columns(
                 logits, wanted[block] - part.start, base[block], log_sum[block], factor[block],
                 problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
+                left is not None,
             )  # fmt: skip
             if needs[0]:
                 add_product(of_x[whole], made, weight[part], scratch, fresh=part.start == 0)
             if needs[1]:
-                add_product(total, logits.T, x[block], scratch, fresh=block.start == 0)
+                add_product(total, logits.T, scaled[block], scratch, fresh=block.start == 0)
             if needs[2]:
-                of_bias[part] += logits.sum(0, dtype=of_bias.dtype)
+                _add_to_bias(problem, of_bias[part], logits, scale[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
     del slab, scratch
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
-        one = torch.ones_like(at_target)
-        _write_hidden(of_hidden, active, of_x, one, weight, wanted, at_target)
+        _write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
     del of_x
     if needs[1]:
         _add_targets(of_weight, wanted, x, at_target)
@@ -313,7 +319,7 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
 
 def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
     """``total += scale @ logits``, by parts that are widened first."""
-    size = problem.vocab * total.dtype.itemsize
+    size = logits.shape[1] * total.dtype.itemsize
     for part in parts(len(logits), problem.slab_bytes // 32 // size):
         total.addmv_(logits[part].to(total.dtype).T, scale[part])
 

@@ -4,6 +4,8 @@ The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bia
 when is in ``slabs.py``, how autograd and ``torch.compile`` see it in ``operators.py``.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Int64, Shaped
@@ -19,7 +21,7 @@ from wmtp.cross_entropy import (
     with_heads,
 )
 from wmtp.documents import shift_right
-from wmtp.operators import row_losses, weighted_row_sum
+from wmtp.operators import guessed_row_losses, row_losses, weighted_row_sum
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
@@ -197,10 +199,26 @@ def linear_problem(
 
 
 def linear_predict(
-    problem: Problem, valid: Bool[Tensor, "batch seq heads"], *, with_correct: bool = False
+    problem: Problem,
+    valid: Bool[Tensor, "batch seq heads"],
+    *,
+    with_correct: bool = False,
+    guess: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Predictions:
-    """Everything the losses need of the predictions, as ``predict`` gives it for logits."""
-    rows = row_losses(problem, with_correct)
+    """Everything the losses need of the predictions, as ``predict`` gives it for logits.
+
+    ``guess`` makes of the cross entropy ``[batch seq heads]`` and of which predictions have been seen
+    yet what each is expected to count, but for a common factor, or 0: gradients are made for these in
+    the same pass. Wrong guesses cost time, nothing else.
+    """
+    if guess is None:
+        rows = row_losses(problem, with_correct)
+    else:
+
+        def of_rows(ce: Tensor, seen: Tensor) -> Tensor:
+            return guess(ce.view(valid.shape), seen.view(valid.shape)).flatten()
+
+        rows = guessed_row_losses(problem, of_rows, with_correct)
     return _predictions(rows, problem, valid, with_correct)
 
 

@@ -21,6 +21,7 @@ from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
+from wmtp.methods import rho1_weight_if_kept
 from wmtp.problem import Problem
 from wmtp.row_local import RowLocalWeights, as_operator_takes, weights_from_logits
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
@@ -382,8 +383,8 @@ def _weigh_linear(
     """The loss of a linear problem, the weights it used, and what was found on the way.
 
     Weights that are known, or that a row determines, make gradients in the forward pass, three
-    products in all; weights that wait for the cross entropy of every row need a fourth, to recompute
-    the logits of what they leave.
+    products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
+    Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
     if isinstance(weights, RowLocalWeights):
         # The weights are not known yet, and neither is a denominator made of them.
@@ -401,12 +402,37 @@ def _weigh_linear(
             loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
         return loss, used, found
     if callable(weights):
-        found = linear_predict(problem, valid, with_correct=with_stats)
+        guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
+        found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
     factors = _factors(used, valid, head_weights, normalizer, problem.wide)
     loss, found, _ = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
     return loss, used, found
+
+
+def _guess(
+    weights: WeightFunction,
+    valid: Tensor,
+    head_weights: HeadWeights,
+    normalizer: Normalizer,
+    dtype: torch.dtype,
+) -> WeightFunction | None:
+    """What each prediction will count, told from the cross entropy of some, or ``None``.
+
+    A selection of some is a fair guess of a selection of all; what a kept one counts is known.
+    """
+    kept = rho1_weight_if_kept(weights, valid, dtype)
+    if kept is None:
+        return None
+    # Their mean is one, so that their sum is the count.
+    count = "tokens" if normalizer == "weights" else normalizer
+    factors = _factors(kept, valid, head_weights, count, dtype).detach()
+
+    def guess(token_ce: Tensor, seen: Tensor) -> Tensor:
+        return torch.where(weights(token_ce, valid & seen) > 0, factors, 0)
+
+    return guess
 
 
 def _factors(

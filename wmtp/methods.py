@@ -5,7 +5,9 @@ What is said there of all weights holds here. Those whose first two arguments ar
 ``weights=partial(rho1_weights, reference_nll=nll)``.
 """
 
-from typing import Literal
+import inspect
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -25,6 +27,7 @@ from wmtp.weights import (
     exp_weights,
     softmax_weights,
     top_k_weights,
+    weight_if_kept,
 )
 from wmtp.whitening import WhiteningStatistics
 
@@ -90,6 +93,30 @@ def rho1_weights(
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
     return softmax_weights(scores, valid, temperature=temperature, scope=scope, group=group)
+
+
+def rho1_weight_if_kept(weights: object, valid: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What each prediction will weigh if it is kept, for a ``partial`` of ``rho1_weights``.
+
+    ``None`` for all else: for functions that may not be called before the cross entropy of all is known,
+    for softmaxes, whose weights cannot be told before, for ranks that select together, and for arguments
+    that the function will refuse.
+    """
+    if not isinstance(weights, partial) or weights.func is not rho1_weights or weights.args:
+        return None
+    asked = _rho1_defaults() | weights.keywords
+    keep, scope = asked["keep"], asked["scope"]
+    if asked["mode"] != "top_k" or asked["group"] is not None or scope not in get_args(Scope):
+        return None
+    if not isinstance(keep, int | float) or not 0 < keep <= 1:
+        return None
+    return weight_if_kept(valid, keep, scope, dtype)
+
+
+@cache
+def _rho1_defaults() -> dict[str, Any]:
+    parameters = inspect.signature(rho1_weights).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
 
 
 @typed

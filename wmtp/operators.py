@@ -5,6 +5,9 @@ first-order gradients over them:
 
 * ``row_losses``: the loss of every row, for weights that depend on it or anything else behind it.
 * ``weighted_row_sum``: ``Σ factor · loss`` for factors known beforehand, gradients made on the way.
+
+``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
+for a guess of the upstream gradient, and corrected where it was wrong.
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,15 @@ from torch import Tensor
 
 from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
-from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
+from wmtp.slabs import (
+    Guess,
+    backward_columns,
+    can_guess,
+    corrected_rows,
+    forward_backward_rows,
+    forward_columns,
+    forward_guessing_rows,
+)
 
 
 def row_losses(problem: Problem, with_correct: bool) -> Rows:
@@ -23,6 +34,25 @@ def row_losses(problem: Problem, with_correct: bool) -> Rows:
     if _compiled_without_gradient(*problem[:3]):
         return Rows(*_row_losses(*problem, with_correct))  # traced by Dynamo
     return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
+
+
+def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Rows:
+    """``row_losses``, with less to do in the backward pass where the upstream gradient was guessed.
+
+    Args:
+        problem: the rows.
+        guess: from the cross entropy of all rows and whether each has been seen yet, both ``[rows]``,
+            the upstream gradient of each row's loss that can be expected, but for a common factor.
+            Called a few times before the cross entropy of all is known.
+        with_correct: see ``Rows``.
+    """
+    needs = _needs(problem)
+    tensors = [tensor for tensor in problem[:4] if tensor is not None]
+    eager = not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
+    if not (eager and can_guess(problem, needs)):
+        return row_losses(problem, with_correct)
+    out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
+    return Rows(*out[:6])
 
 
 def weighted_row_sum(
@@ -37,19 +67,19 @@ def weighted_row_sum(
     Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
     is the weighted loss of the row.
     """
-    grad = torch.is_grad_enabled()
-    bias = problem.bias
-    needs = [
-        grad and problem.hidden.requires_grad,
-        grad and problem.unembedding.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-    ]
-    every_row = every_row or (grad and factor.requires_grad)
+    needs = _needs(problem)
+    every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
     inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
     direct = _compiled_without_gradient(*problem[:3], factor)
     run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
     out: list[Tensor] = list(run(*inputs))
     return out[0], Rows(*out[1:7])
+
+
+def _needs(problem: Problem) -> list[bool]:
+    """Which gradients are asked for: of hidden states, unembedding, bias."""
+    grad = torch.is_grad_enabled()
+    return [grad and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
@@ -220,6 +250,66 @@ class _RowLossesBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> None:
         raise RuntimeError(_ONCE)
+
+
+class _GuessedRowLosses(torch.autograd.Function):
+    """Gradients made in the forward pass for a guess, corrected when the upstream gradient is known."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *problem, guess, with_correct, needs = inputs
+        rows, gradients, guessed = forward_guessing_rows(
+            Problem(*problem), guess, with_correct, needs
+        )
+        return *rows, *gradients[:3], guessed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[4:8]
+        ctx.save_for_backward(*inputs[:4], *output[6:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        if grad_outputs[0] is None:
+            return (None,) * 11
+        needs = list(ctx.needs_input_grad[:3])
+        inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
+        gradients = _GuessedRowLossesBackward.apply(*inputs)  # pyright: ignore
+        return *_asked_for(gradients, needs), *[None] * 8
+
+
+class _GuessedRowLossesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        upstream, hidden, unembedding, bias, target, *made, guessed = inputs[:9]
+        *options, needs = inputs[9:]
+        problem = Problem(hidden, unembedding, bias, target, *options)
+        common = _common_factor(upstream, guessed)
+        if _graph_is_kept():
+            made = [gradient.clone() for gradient in made]
+        one = torch.ones_like(common)
+        corrected = corrected_rows(
+            problem, guessed, upstream / common, Gradients(*made, unit=one), needs
+        )
+        return _scale_(common, hidden.dtype, corrected[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        raise RuntimeError(_ONCE)
+
+
+def _common_factor(upstream: Tensor, guessed: Tensor) -> Tensor:
+    """The upstream gradient over what was guessed of it, for most of the rows that have both, or 1."""
+    both = (guessed != 0) & (upstream != 0)
+    ratio = upstream[both] / guessed[both]
+    common = ratio.median() if len(ratio) else upstream.new_ones(())
+    return torch.where(common.isfinite() & (common != 0), common, 1)
 
 
 class _WeightedRowSum(torch.autograd.Function):

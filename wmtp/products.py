@@ -50,6 +50,21 @@ def gathered(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
     return out
 
 
+def move_up(slab: Tensor, rows: Tensor, most_bytes: int, scratch: Tensor) -> None:
+    """The slab's first rows become those at ``rows``, which ascend, without a second slab."""
+    if not len(rows) or int(rows[-1]) < len(rows):  # they are the first already
+        return
+    columns = slab.shape[1]
+    narrow = scratch.view(slab.dtype)
+    if len(narrow) < columns:  # a GPU's kernels want no scratch
+        narrow = slab.new_empty(max(columns, most_bytes // slab.itemsize))
+    # A row is read before anything is written there: it moves up or stays.
+    for part in parts(len(rows), len(narrow) // max(1, columns)):
+        some = rows[part]
+        moved = narrow[: len(some) * columns].view(len(some), columns)
+        slab[part] = torch.index_select(slab, 0, some, out=moved)
+
+
 def logits_of(x: Tensor, unembedding: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = x @ unembedding.T + bias``."""
     step = len(unembedding)

@@ -168,15 +168,15 @@ def gradient_over_rows(
     return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
 
 
-def times_left(scale: Tensor, left: Tensor | None, slab: Tensor) -> Tensor:
-    """``scale · left``, or the scale if that would be too small: then the slab's rows get what is left."""
+def settled(left: Tensor | None, slab: Tensor, *factors: Tensor) -> Tensor | None:
+    """What is left, or ``None`` if a factor is so small that the slab's rows had better be multiplied."""
     if left is None:
-        return scale
-    product = scale * left
-    if bool(((product.abs() >= _LEAST_LEFT) | (scale == 0)).all()):
-        return product
+        return None
+    fits = [((factor * left).abs() >= _LEAST_LEFT) | (factor == 0) for factor in factors]
+    if bool(torch.stack(fits).all()):
+        return left
     slab.mul_(left.unsqueeze(1))
-    return scale
+    return None
 
 
 def left_over_columns(

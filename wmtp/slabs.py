@@ -1,6 +1,6 @@
 """The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
-Three walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
+Four walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
 by one product, finished by ``slab_softmax.py``, and used by up to two more products (``products.py``).
 
 * ``forward_columns``: loss and log-sum-exp of each row. Slabs of vocabulary. One product.
@@ -8,13 +8,16 @@ by one product, finished by ``slab_softmax.py``, and used by up to two more prod
   vocabulary, so that each slice of the unembedding gradient is written once. Three products.
 * ``forward_backward_rows``: both at once, for a factor per row that is known beforehand or that the
   row itself determines. Slabs of rows. Three products in all, for the rows whose factor is not zero.
+* ``forward_guessing_rows``, then ``corrected_rows``: both at once, for factors that are known only when
+  all losses are, but can be guessed from the losses so far. Slabs of rows. One product for all rows,
+  two for those with a guess, three for those whose guess was wrong.
 
 Rows without a target (``target < 0``) enter no product. Plain functions of tensors: gradients and
 ``torch.compile`` are the business of ``operators.py``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from wmtp.products import (
     filled_up,
     gathered,
     logits_of,
+    move_up,
     parts,
     scratch_cells,
 )
@@ -36,7 +40,7 @@ from wmtp.slab_softmax import (
     left_over_columns,
     reduce_columns,
     scratch_for,
-    times_left,
+    settled,
 )
 
 
@@ -50,8 +54,16 @@ _PART_ROWS = 1024
 _BLOCK_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
+# More slabs than this and guessing their factors takes a time of its own.
+_MOST_GUESSES = 64
+# A guess that is wrong by so many roundings is right.
+_NEAR = 8
 # A slab starts at a multiple of so many columns, for vector loads.
 _ALIGNED_COLUMNS = 64
+
+
+# From the cross entropy of the rows that have been seen, and which these are, what they will count.
+Guess = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward_columns(problem: Problem, with_correct: bool) -> Rows:
@@ -138,38 +150,102 @@ def forward_backward_rows(
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     slab = hidden.new_empty(rows, problem.vocab)
     scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+    into = Gradients(of_hidden, of_weight, of_bias, unit)
     for some in parts(len(active), rows):
         block = active[some]
-        filled = gathered(hidden, block, filled_up(len(block), rows))
-        x, wanted, logits = filled[: len(block)], problem.target[block], slab[: len(block)]
-        _product(problem, filled, slice(0, problem.vocab), slab[: len(filled)])
-        done, at_target, left = gradient_over_rows(
-            logits, wanted, problem.label_smoothing, problem.z_loss, problem.softcap,
-            weighting, with_correct, scratch,
-        )  # fmt: skip
-        scale = factor[block] * done.weight
-        at_target = scale * at_target
-        scale = times_left(scale, left, logits)
+        filled, done, at_target, left = _rows_of(
+            problem, block, rows, slab, weighting, with_correct, scratch
+        )
         for column, values in zip(found, done, strict=True):
             column[block] = values
-        if needs[0]:
-            of_x = slab[: len(filled)] @ weight
-            _write_hidden(of_hidden, block, of_x, scale, weight, wanted, at_target)
-        if needs[1]:
-            own = _unit(scale, x) if dtype == problem.wide else torch.ones_like(unit)
-            scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
-            own = own if x.dtype == torch.float16 else None
-            add_product(of_weight, logits.T, scaled, scratch, own, fresh=some.start == 0)
-            _add_targets(of_weight, wanted, x, at_target)
-        if needs[2]:
-            _add_to_bias(problem, of_bias, logits, scale)
-            of_bias.index_add_(0, wanted, at_target)
+        scale = factor[block] * done.weight
+        _add_gradients(
+            problem, into, block, filled, slab, scale, scale, at_target, left, scratch,
+            fresh=some.start == 0,
+        )  # fmt: skip
     # Freed before anything else is asked for: what comes takes its place.
     del slab, scratch
     if every_row:
         left = torch.where(weighted, -1, problem.target)
         _fill_in(found, forward_columns(problem._replace(target=left), with_correct), ~weighted)
-    return found, Gradients(of_hidden, of_weight.to(dtype), of_bias.to(dtype), unit)
+    return found, Gradients(of_hidden, of_weight, of_bias.to(dtype), unit)
+
+
+def can_guess(problem: Problem, needs: Sequence[bool]) -> bool:
+    """Whether ``forward_guessing_rows`` has the memory it wants, and few enough guesses to make."""
+    if not any(needs) or not problem.holds_wide(needs):
+        return False
+    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
+    return len(problem.target) <= _MOST_GUESSES * most
+
+
+def forward_guessing_rows(
+    problem: Problem, guess: Guess, with_correct: bool, needs: list[bool]
+) -> tuple[Rows, Gradients, Tensor]:
+    """Rows, and the gradients of ``Σ guessed · loss`` for what was guessed of each row, given last.
+
+    A slab's rows are taken from all over the batch, so that what is known when they are guessed is a
+    fair sample of it. ``can_guess`` says whether to call this.
+    """
+    found = problem.empty_rows()
+    active = (problem.target >= 0).nonzero().squeeze(1)
+    hidden, weight, dtype = problem.hidden, problem.unembedding, problem.wide
+    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
+    rows = filled_up(evenly(len(active), most), most)
+    into = Gradients(
+        hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype),
+        _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active),
+        weight.new_zeros(problem.vocab if needs[2] else 0, dtype=dtype),
+        hidden.new_ones((), dtype=dtype),
+    )
+    guessed, seen = torch.zeros_like(found.loss), torch.zeros_like(found.correct)
+    slab = hidden.new_empty(rows, problem.vocab)
+    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+    slabs = len(list(parts(len(active), rows)))
+    for first in range(slabs):
+        block = active[first::slabs]
+        filled, done, at_target, left = _rows_of(
+            problem, block, rows, slab, NOT_LOCAL, with_correct, scratch
+        )
+        for column, values in zip(found, done, strict=True):
+            column[block] = values
+        seen[block] = True
+        guessed[block] = factor = guess(found.ce, seen)[block]
+        kept = (factor != 0).nonzero().squeeze(1)
+        block, factor, at_target = block[kept], factor[kept], at_target[kept]
+        left = None if left is None else left[kept]
+        move_up(slab, kept, problem.slab_bytes // 16, scratch)
+        x = gathered(filled, kept, filled_up(len(kept), rows))
+        _add_gradients(
+            problem, into, block, x, slab, factor, factor, at_target, left, scratch,
+            fresh=first == 0,
+        )  # fmt: skip
+    return found, into, guessed
+
+
+def corrected_rows(
+    problem: Problem, guessed: Tensor, factor: Tensor, made: Gradients, needs: list[bool]
+) -> Gradients:
+    """From the gradients of ``Σ guessed · loss``, changed in place, those of ``Σ factor · loss``.
+
+    Rows whose guess was right, but for the rounding of factors, are left as they are.
+    """
+    near = (factor - guessed).abs() <= _NEAR * torch.finfo(factor.dtype).eps * factor.abs()
+    active = ((problem.target >= 0) & ~near).nonzero().squeeze(1)
+    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
+    rows = filled_up(evenly(len(active), most), most)
+    slab = problem.hidden.new_empty(rows, problem.vocab)
+    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+    for some in parts(len(active), rows):
+        block = active[some]
+        filled, _, at_target, left = _rows_of(problem, block, rows, slab, NOT_LOCAL, False, scratch)
+        # What was written for hidden states is written anew, what was added for others is added to.
+        more = (factor - guessed)[block]
+        _add_gradients(
+            problem, made, block, filled, slab, factor[block], more, at_target, left, scratch,
+            fresh=False,
+        )  # fmt: skip
+    return made
 
 
 def backward_columns(
@@ -233,6 +309,64 @@ def backward_columns(
     if needs[2]:
         of_bias.index_add_(0, wanted, at_target)
     return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
+
+
+def _rows_of(
+    problem: Problem,
+    block: Tensor,
+    rows: int,
+    slab: Tensor,
+    weighting: RowLocal,
+    with_correct: bool,
+    scratch: Tensor,
+) -> tuple[Tensor, Rows, Tensor, Tensor | None]:
+    """Hidden states of some rows, filled up, and what ``gradient_over_rows`` makes of their logits."""
+    filled = gathered(problem.hidden, block, filled_up(len(block), rows))
+    _product(problem, filled, slice(0, problem.vocab), slab[: len(filled)])
+    done, at_target, left = gradient_over_rows(
+        slab[: len(block)], problem.target[block], problem.label_smoothing, problem.z_loss,
+        problem.softcap, weighting, with_correct, scratch,
+    )  # fmt: skip
+    return filled, done, at_target, left
+
+
+def _add_gradients(
+    problem: Problem,
+    into: Gradients,
+    block: Tensor,
+    filled: Tensor,
+    slab: Tensor,
+    of_hidden: Tensor,
+    of_others: Tensor,
+    at_target: Tensor,
+    left: Tensor | None,
+    scratch: Tensor,
+    *,
+    fresh: bool,
+) -> None:
+    """Write the gradient of some rows' hidden states, and add to the other two, or set them if fresh.
+
+    ``slab``, ``at_target`` and ``left`` are the rows' as ``gradient_over_rows`` makes them; the rows
+    count ``of_hidden`` in the one and ``of_others`` in the other gradients.
+    """
+    weight, wanted = problem.unembedding, problem.target[block]
+    x, logits = filled[: len(block)], slab[: len(block)]
+    left = settled(left, logits, of_hidden, of_others)
+    if into.hidden.numel():
+        of_x = slab[: len(filled)] @ weight
+        scale = of_hidden if left is None else of_hidden * left
+        _write_hidden(into.hidden, block, of_x, scale, weight, wanted, of_hidden * at_target)
+    scale = of_others if left is None else of_others * left
+    if into.unembedding.numel():
+        one = torch.ones_like(into.unit)
+        own = _unit(scale, x) if into.unembedding.dtype == problem.wide else one
+        scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
+        own = own if x.dtype == torch.float16 else None
+        add_product(into.unembedding, logits.T, scaled, scratch, own, fresh=fresh)
+        _add_targets(into.unembedding, wanted, x, of_others * at_target)
+    if into.bias.numel():
+        _add_to_bias(problem, into.bias, logits, scale)
+        into.bias.index_add_(0, wanted, of_others * at_target)
 
 
 def _forward_then_backward(

@@ -28,11 +28,7 @@ from wmtp.problem import RowLocal, Rows, wide_dtype
 
 # Tiles of this size are still in the cache when the next operation comes to them.
 _TILE_BYTES = 4 * 2**20
-# The log-sum-exp of some columns is told by the most probable of the first so many, or if that is less
-# probable than this, by the most probable of all: the rounding of its log-probability is the error.
-_SAMPLE = 64
-_COARSE = math.exp(-8.0)
-# A target tells its own row's unless its probability is near to underflow.
+# A target tells its own row's log-sum-exp unless its probability is near to underflow.
 _TINY = math.exp(-30.0)
 # Exponentials of logits are summed as they are if the log of the sum is no further from 0: no term that
 # counts overflows or underflows then, in products with other operands neither.
@@ -86,22 +82,26 @@ def reduce_columns(
     if kernels is not None:
         return ColumnSums(*kernels.reduce_columns(logits, wanted, softcap, with_best, with_sum))
     rows, columns = logits.shape
-    base, log_sum, chosen = (logits.new_empty(rows, dtype=scratch.dtype) for _ in range(3))
-    best = logits.new_empty(rows if with_best else 0, dtype=scratch.dtype)
-    best_at = wanted.new_empty(rows if with_best else 0)
-    total = logits.new_empty(rows if with_sum else 0, dtype=scratch.dtype)
     inside, column = _within(wanted, columns)
+    chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
+    whole, shift = torch.empty_like(chosen), torch.zeros_like(chosen)
+    best = chosen.new_empty(rows if with_best else 0)
+    best_at = wanted.new_empty(rows if with_best else 0)
+    total = chosen.new_empty(rows if with_sum else 0)
     for tile in _tiles(logits, scratch):
-        slab = logits[tile]
-        z, out = _widened(slab, softcap, scratch)
-        chosen[tile] = _at(z, column[tile])
+        z, out = _widened(logits[tile], softcap, scratch)
         if with_best:
             best[tile], best_at[tile] = _first_max(z)
         if with_sum:
-            total[tile] = z.sum(1)
-        sample = z[:, :_SAMPLE].clone()
-        p, whole = _exponentials(z, out, slab, softcap)
-        base[tile], log_sum[tile] = _anchored(sample, p, whole, slab, softcap)
+            torch.sum(z, 1, out=total[tile])
+        torch.sum(torch.exp(z, out=out), 1, out=whole[tile])
+        if not _ordinary(whole[tile]):
+            shift[tile] = _shifted(logits[tile], softcap, scratch)
+            torch.sum(out.exp_(), 1, out=whole[tile])
+    # A number near to the log-sum-exp, and how far it is from there: log Σ, but for the rounding of log.
+    log = torch.where(whole > 0, whole.log(), 0)
+    base = shift + log
+    log_sum = torch.log(whole / torch.exp(base - shift))
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
 
@@ -126,45 +126,60 @@ def gradient_over_rows(
             logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
         return Rows(*seen), at_target, None
-    rows, vocab = logits.shape
-    divided = label_smoothing > 0 or weighting.kind in _WHOLE_ROW
-    chosen, p_target, p_others, base, log_sum, mean = (
-        logits.new_empty(rows, dtype=scratch.dtype) for _ in range(6)
-    )
-    correct, weight = torch.zeros_like(wanted, dtype=torch.bool), torch.ones_like(chosen)
-    left = torch.ones_like(chosen)
+    vocab, kind = logits.shape[1], weighting.kind
+    # Only where a probability must not be left undivided; float16 products would overflow.
+    divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
+    chosen = _capped(_at(logits, wanted).to(scratch.dtype), softcap)
+    own, others, shift = chosen.exp(), torch.empty_like(chosen), torch.zeros_like(chosen)
+    mean, score = torch.empty_like(chosen), torch.empty_like(chosen)
+    correct = torch.zeros_like(wanted, dtype=torch.bool)
     for tile in _tiles(logits, scratch):
-        column, slab = wanted[tile], logits[tile]
+        index, slab = wanted[tile].unsqueeze(1), logits[tile]
         z, out = _widened(slab, softcap, scratch)
-        chosen[tile] = own = _at(z, column)
         if with_correct:
-            correct[tile] = _first_max(z)[1] == column
+            correct[tile] = _first_max(z)[1] == wanted[tile]
         if label_smoothing:
-            mean[tile] = z.mean(1)
-        told = _by_target_and_others(z, out, column, slab, softcap, divided)
-        p, of_own, of_others, whole = told
-        p_target[tile], p_others[tile] = of_own, of_others
-        row_base, row_sum = _by_target(own, *told, slab, softcap)
-        base[tile], log_sum[tile] = row_base, row_sum
-        if weighting.kind != "none":
-            weight[tile] = _local_weight(weighting, p, column, of_own, of_others)
-        over_row = 1 / whole
-        if z_loss:
-            over_row *= 1 + 2 * z_loss * (row_base + row_sum)
-        if label_smoothing:
-            p.mul_(over_row.unsqueeze(1)).sub_(label_smoothing / vocab)
-        else:
-            left[tile] = over_row
-        _write_gradient(slab, p, column, None, None, softcap)
+            torch.mean(z, 1, out=mean[tile])
+        # The others are summed by themselves: what a probable target leaves of 1 would be its rounding.
+        torch.sum(torch.exp(z, out=out).scatter_(1, index, 0.0), 1, out=others[tile])
+        if not _ordinary(own[tile] + others[tile]):
+            shift[tile] = largest = _shifted(slab, softcap, scratch)
+            torch.exp(chosen[tile] - largest, out=own[tile])
+            torch.sum(out.exp_().scatter_(1, index, 0.0), 1, out=others[tile])
+        if divided:
+            whole = own[tile] + others[tile]
+            out.mul_((1 / whole).unsqueeze(1))
+            if kind in _WHOLE_ROW:
+                score[tile] = _score(kind, out, own[tile] / whole, others[tile] / whole)
+            if z_loss:
+                lse = shift[tile] + whole.log()
+                out.mul_((1 + 2 * z_loss * lse).unsqueeze(1))
+            if label_smoothing:
+                out.sub_(label_smoothing / vocab).scatter_(1, index, 0.0)
+        _write_gradient(slab, out, softcap)
+    whole = own + others
+    p_target, p_others = own / whole, others / whole
+    # The target is a logit of its row that tells the sum, −log p less, unless it is near to nothing.
+    tiny = p_target < _TINY
+    base = torch.where(tiny, shift, chosen)
+    log_sum = torch.where(tiny, whole.log(), torch.log1p(others / own))
+    lse = base + log_sum
     loss = ce = (base - chosen) + log_sum
     if label_smoothing:
         loss = torch.lerp(ce, (base - mean) + log_sum, label_smoothing)
-    lse = base + log_sum
     if z_loss:
         loss = loss + z_loss * lse.square()
+    weight = torch.ones_like(chosen)
+    if kind != "none":
+        if kind not in _WHOLE_ROW:
+            score = p_target if kind == "dft" else p_others
+        weight = score.clamp(min=0).pow(weighting.power)
     at_target = _gradient_at_target(
         p_target, p_others, chosen, lse, label_smoothing, z_loss, softcap, vocab
     )
+    left = None
+    if not divided:
+        left = (1 + 2 * z_loss * lse) / whole if z_loss else 1 / whole
     return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
 
 
@@ -227,29 +242,25 @@ def gradient_over_columns(
         return kernels.gradient_over_columns(
             logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab
         )
-    chosen, lse = torch.empty_like(factor), base + log_sum
+    lse = base + log_sum
     inside, column = _within(wanted, logits.shape[1])
-    growth = 1 + 2 * z_loss * lse if z_loss else None
+    chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
     for tile in _tiles(logits, scratch):
         slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
-        chosen[tile] = _at(z, column[tile])
-        over_row = None
         if is_left:
             p = torch.exp(z, out=slab if z is slab else out)
         else:
-            # A softmax over these columns, times their share of the whole.
-            sample = z[:, :_SAMPLE].clone()
-            p = torch.softmax(z, 1, out=out)
-            own_base, own_sum = _anchored(sample, p, torch.ones_like(base[tile]), slab, softcap)
-            over_row = ((own_base - base[tile]) + (own_sum - log_sum[tile])).exp_()
-            if growth is not None:
-                over_row *= growth[tile]
+            p = torch.sub(z, base[tile].unsqueeze(1), out=out)
+            p.sub_(log_sum[tile].unsqueeze(1)).exp_()
+            if z_loss:
+                p.mul_((1 + 2 * z_loss * lse[tile]).unsqueeze(1))
             if label_smoothing:
-                p.mul_(over_row.unsqueeze(1)).sub_(label_smoothing / vocab)
-                over_row = 1
-            over_row = over_row * factor[tile]
-        _write_gradient(slab, p, column[tile], inside[tile], over_row, softcap)
+                p.sub_(label_smoothing / vocab)
+            p.mul_(factor[tile].unsqueeze(1))
+        _write_gradient(slab, p, softcap)
+    index = column.unsqueeze(1)
+    logits.scatter_(1, index, logits.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
     log_p = (chosen - base) - log_sum
     at_target = factor * _gradient_at_target(
         log_p.exp(), -log_p.expm1(), chosen, lse, label_smoothing, z_loss, softcap, vocab
@@ -280,145 +291,48 @@ def _gradient_at_target(
     return out * (1 - (chosen / softcap).square()) if softcap else out
 
 
-def _write_gradient(
-    slab: Tensor,
-    p: Tensor,
-    column: Tensor,
-    inside: Tensor | None,
-    over_row: Tensor | None,
-    softcap: float,
-) -> None:
-    """``dℓ/dz`` from that of the capped logits, ``p``, times ``over_row``, with 0 at the target."""
+def _write_gradient(slab: Tensor, p: Tensor, softcap: float) -> None:
+    """The gradient for logits from that for capped ones."""
     if softcap:
         # Where the dtypes agree the slab itself is used up: it is written over below.
         p.mul_(1 - slab.to(p.dtype).div_(softcap).tanh_().square_())
-    index = column.unsqueeze(1)
-    if inside is None:
-        p.scatter_(1, index, 0.0)
-    else:
-        p.scatter_(1, index, p.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
-    if over_row is None:
-        if p is not slab:
-            slab.copy_(p)
-    elif p.dtype == slab.dtype:
-        torch.mul(p, over_row.unsqueeze(1), out=slab)
-    else:
-        slab.copy_(p.mul_(over_row.unsqueeze(1)))
+    if p is not slab:
+        slab.copy_(p)
 
 
-def _local_weight(
-    weighting: RowLocal, p: Tensor, column: Tensor, p_target: Tensor, p_others: Tensor
-) -> Tensor:
-    """A row's weight by its own probabilities: see ``row_local.RowLocalWeights``."""
-    kind, power = weighting
-    if kind == "dft":
-        score = p_target
-    elif kind == "focal":
-        score = p_others
-    elif kind == "entropy":
+def _score(kind: str, p: Tensor, p_target: Tensor, p_others: Tensor) -> Tensor:
+    """Of row-local weights that look at whole rows, ``p`` with the target left out."""
+    if kind == "entropy":
         # Not as lse − Σ p z, whose terms are as large as the logits.
-        score = -torch.xlogy(p, p).sum(1)
-    else:
-        # Without the target, whose square would swallow the others'; it is written apart anyway.
-        p.scatter_(1, column.unsqueeze(1), 0.0)
-        score = (_dot(p, p) + p_others.square()).sqrt()
-    return score.clamp(min=0).pow(power)
+        return -(torch.xlogy(p, p).sum(1) + torch.xlogy(p_target, p_target))
+    return (_dot(p, p) + p_others.square()).sqrt()
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
 def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Capped logits in the wide dtype, and where the next result goes: the scratch, either way."""
     out = scratch[: slab.numel()].view(slab.shape)
-    if softcap:
-        return out.copy_(slab).div_(softcap).tanh_().mul_(softcap), out
-    return (slab if slab.dtype == out.dtype else out.copy_(slab)), out
+    if softcap or slab.dtype != out.dtype:
+        return _capped(out.copy_(slab), softcap), out
+    return slab, out
 
 
-def _exponentials(z: Tensor, out: Tensor, slab: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Each row's probabilities times the second result: exponentials and their sum, or a softmax and 1.
-
-    ``z`` are the slab's logits as ``_widened`` gives them.
-    """
-    if slab.dtype != torch.float16:
-        whole = torch.exp(z, out=out).sum(1)
-        if _ordinary(whole):
-            return out, whole
-        z, out = _widened(slab, softcap, out.flatten())
-    return torch.softmax(z, 1, out=out), out.new_ones(len(out))
-
-
-def _by_target_and_others(
-    z: Tensor, out: Tensor, column: Tensor, slab: Tensor, softcap: float, divided: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities of the target and of all others, between those that ``_exponentials`` gives.
-
-    The others are summed by themselves, for what is left of 1 by a probable target would be its rounding;
-    the target's entry becomes 0. Not with ``divided``, which asks for the softmax of whole rows.
-    """
-    if not divided and slab.dtype != torch.float16:
-        index = column.unsqueeze(1)
-        own = _at(torch.exp(z, out=out), column)
-        others = out.scatter_(1, index, 0.0).sum(1)
-        whole = own + others
-        if _ordinary(whole):
-            return out, own / whole, others / whole, whole
-        z, out = _widened(slab, softcap, out.flatten())
-    own = _at(torch.softmax(z, 1, out=out), column)
-    return out, own, 1 - own, torch.ones_like(own)
+def _shifted(slab: Tensor, softcap: float, scratch: Tensor) -> Tensor:
+    """Each row's largest logit, 0 if that is −inf; the scratch becomes the logits less that."""
+    z, out = _widened(slab, softcap, scratch)
+    largest = z.amax(1)
+    largest = torch.where(largest == -torch.inf, 0, largest)
+    torch.sub(z, largest.unsqueeze(1), out=out)
+    return largest
 
 
 def _ordinary(whole: Tensor) -> bool:
-    """Whether the sums of exponentials are such as ``_MOST_LOG_SUM`` says; not if one is NaN."""
+    """Whether sums of exponentials are such as ``_MOST_LOG_SUM`` says; not if one is NaN."""
     low, high = torch.aminmax(whole)
     return math.exp(-_MOST_LOG_SUM) <= float(low) and float(high) <= math.exp(_MOST_LOG_SUM)
-
-
-def _anchored(
-    sample: Tensor, p: Tensor, whole: Tensor, slab: Tensor, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """A probable logit of each row, and the log-sum-exp less that: ``−log p`` of that logit.
-
-    ``p / whole`` are probabilities over the slab's columns, ``sample`` the logits of the first ones.
-    Rows of −inf have base 0 and log-sum −inf, and their probabilities become 0.
-    """
-    best, at = p[:, : sample.shape[1]].max(1)
-    base, told = _at(sample, at), best / whole
-    if bool(told.amin() >= _COARSE):
-        return base, 0 - told.log()
-    where = (~(told >= _COARSE)).nonzero().squeeze(1)
-    base[where], told[where] = _most_probable(where, p, whole, slab, softcap)
-    log_sum = 0 - told.log()
-    masked = base == -torch.inf
-    base[masked], log_sum[masked], p[masked] = 0, -torch.inf, 0
-    return base, log_sum
-
-
-def _by_target(
-    chosen: Tensor,
-    p: Tensor,
-    p_target: Tensor,
-    p_others: Tensor,
-    whole: Tensor,
-    slab: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """The same as the target tells it, which has logit ``chosen``: ``log(1 + others / target)``."""
-    log_sum = torch.log1p(p_others / p_target)
-    if bool(p_target.amin() >= _TINY):
-        return chosen, log_sum
-    where = (~(p_target >= _TINY)).nonzero().squeeze(1)
-    base = chosen.clone()
-    base[where], told = _most_probable(where, p, whole, slab, softcap)
-    log_sum[where] = 0 - told.log()
-    return base, log_sum
-
-
-def _most_probable(
-    where: Tensor, p: Tensor, whole: Tensor, slab: Tensor, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """The largest logit of some rows and its probability."""
-    best, at = p[where].max(1)
-    logit = slab[where, at].to(p.dtype)
-    return (torch.tanh(logit / softcap) * softcap if softcap else logit), best / whole[where]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -253,8 +253,8 @@ def backward_columns(
 ) -> Gradients:
     """The gradients of ``Σ upstream · loss``, recomputing the logits slab by slab of vocabulary.
 
-    Beside slab and gradients it holds the hidden states that count, and their gradient in the wide
-    dtype.
+    Beside slab and gradients it holds the hidden states that count, as they are and scaled, and their
+    gradient in the wide dtype.
     """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     factor, wanted = upstream[active].to(problem.wide), problem.target[active]
@@ -299,7 +299,7 @@ def backward_columns(
                 _add_to_bias(problem, of_bias[part], logits, scale[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
-    del slab, scratch
+    del slab, scratch, scaled
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
         _write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)

@@ -227,7 +227,10 @@ def is_plain(tensor: Tensor) -> bool:
     plain: Any = Tensor
     if kind.__torch_dispatch__ is not plain.__torch_dispatch__:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+    # What `is_grads_batched` hands to a backward pass.
+    return not (wrapped or functorch.is_legacy_batchedtensor(tensor))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -422,6 +422,8 @@ def _guess(
 
     A selection of some is a fair guess of a selection of all; what a kept one counts is known.
     """
+    if torch.compiler.is_compiling():
+        return None  # a compiled step has one forward pass and one backward pass
     kept = rho1_weight_if_kept(weights, valid, dtype)
     if kept is None:
         return None

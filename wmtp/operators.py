@@ -229,13 +229,21 @@ class _RowLosses(torch.autograd.Function):
         if grad_outputs[0] is None:
             return (None,) * 9
         needs = list(ctx.needs_input_grad[:3])
-        inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
-        # Dynamo cannot trace a Function inside a backward; it refuses double backward by itself.
-        if torch.compiler.is_compiling():
-            gradients: Any = _row_losses_backward(*inputs)  # traced by Dynamo
-        else:
-            gradients = _RowLossesBackward.apply(*inputs)  # pyright: ignore
-        return *_asked_for(gradients, needs), *[None] * 6
+        gradients = _recomputed(grad_outputs[0], ctx.saved_tensors, ctx.options, needs)
+        return *gradients, *[None] * 6
+
+
+def _recomputed(
+    upstream: Tensor, saved: Sequence[Tensor | None], options: Sequence[Any], needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, from base, log-sum and the four tensors of the problem."""
+    inputs = (upstream, *saved, *options, needs)
+    # Dynamo cannot trace a Function inside a backward; it refuses double backward by itself.
+    if torch.compiler.is_compiling():
+        gradients: Any = _row_losses_backward(*inputs)  # traced by Dynamo
+    else:
+        gradients = _RowLossesBackward.apply(*inputs)  # pyright: ignore
+    return _asked_for(gradients, needs)
 
 
 class _RowLossesBackward(torch.autograd.Function):
@@ -266,7 +274,7 @@ class _GuessedRowLosses(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[4:8]
-        ctx.save_for_backward(*inputs[:4], *output[6:])
+        ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -274,10 +282,13 @@ class _GuessedRowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if grad_outputs[0] is None:
             return (None,) * 11
+        upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        inputs = (grad_outputs[0], *ctx.saved_tensors, *ctx.options, needs)
-        gradients = _GuessedRowLossesBackward.apply(*inputs)  # pyright: ignore
-        return *_asked_for(gradients, needs), *[None] * 8
+        if torch.compiler.is_compiling() or not _checks.is_plain(upstream):
+            # Several upstream gradients at once, or one that is no number yet.
+            return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 8
+        made: Any = _GuessedRowLossesBackward.apply(upstream, *saved[2:], *ctx.options, needs)  # pyright: ignore
+        return *_asked_for(made, needs), *[None] * 8
 
 
 class _GuessedRowLossesBackward(torch.autograd.Function):

@@ -228,10 +228,16 @@ def corrected_rows(
 ) -> Gradients:
     """From the gradients of ``Σ guessed · loss``, changed in place, those of ``Σ factor · loss``.
 
-    Rows whose guess was right, but for the rounding of factors, are left as they are.
+    Rows whose guess was right, but for the rounding of factors, are left as they are. Where more were
+    wrong than count, they are all made anew.
     """
     near = (factor - guessed).abs() <= _NEAR * torch.finfo(factor.dtype).eps * factor.abs()
     active = ((problem.target >= 0) & ~near).nonzero().squeeze(1)
+    count = ((problem.target >= 0) & (factor != 0)).nonzero().squeeze(1)
+    if len(active) > len(count):
+        active, guessed = count, torch.zeros_like(guessed)
+        for gradient in made[:3]:
+            gradient.zero_()
     most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
     rows = filled_up(evenly(len(active), most), most)
     slab = problem.hidden.new_empty(rows, problem.vocab)

@@ -395,7 +395,7 @@ def test_without_memory_or_gradients_nothing_is_guessed() -> None:
     # Sums in float32, and as much again while they are narrowed.
     assert not can_guess(narrow._replace(slab_bytes=2 * 2 * (64 + 100) * 8 - 1), ALL)
     assert can_guess(wide._replace(slab_bytes=400 * 3), ALL)
-    many = wide._replace(target=torch.zeros(129).long(), slab_bytes=400 * 3)
+    many = wide._replace(target=torch.zeros(769).long(), slab_bytes=400 * 3)
     assert not can_guess(many, ALL)
 
 

@@ -228,9 +228,9 @@ def is_plain(tensor: Tensor) -> bool:
     if kind.__torch_dispatch__ is not plain.__torch_dispatch__:
         return False
     functorch: Any = torch._C._functorch  # pyright: ignore
-    wrapped = functorch.is_functorch_wrapped_tensor(tensor)
-    # What `is_grads_batched` hands to a backward pass.
-    return not (wrapped or functorch.is_legacy_batchedtensor(tensor))
+    # Under a transform, or one of several that `is_grads_batched` hands to a backward pass.
+    kinds: Any = (functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor)
+    return not any(is_kind(tensor) for is_kind in kinds)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -423,7 +423,7 @@ def _guess(
     A selection of some is a fair guess of a selection of all; what a kept one counts is known.
     """
     if torch.compiler.is_compiling():
-        return None  # a compiled step has one forward pass and one backward pass
+        return None  # an operator cannot call back into what is traced
     kept = rho1_weight_if_kept(weights, valid, dtype)
     if kept is None:
         return None

@@ -18,7 +18,7 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ _BLOCK_ROWS = 4096
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
 # More slabs than this and guessing their factors takes a time of its own.
-_MOST_GUESSES = 64
+_MOST_GUESSES = 256
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
 # A slab starts at a multiple of so many columns, for vector loads.
@@ -152,17 +152,10 @@ def forward_backward_rows(
     scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
     into = Gradients(of_hidden, of_weight, of_bias, unit)
     for some in parts(len(active), rows):
-        block = active[some]
-        filled, done, at_target, left = _rows_of(
-            problem, block, rows, slab, weighting, with_correct, scratch
-        )
-        for column, values in zip(found, done, strict=True):
-            column[block] = values
-        scale = factor[block] * done.weight
-        _add_gradients(
-            problem, into, block, filled, slab, scale, scale, at_target, left, scratch,
-            fresh=some.start == 0,
-        )  # fmt: skip
+        block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
+        _put(found, block.rows, done)
+        scale = factor[block.rows] * done.weight
+        _add_gradients(problem, into, block, scale, scale, scratch, fresh=some.start == 0)
     # Freed before anything else is asked for: what comes takes its place.
     del slab, scratch
     if every_row:
@@ -203,23 +196,16 @@ def forward_guessing_rows(
     scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
     slabs = len(list(parts(len(active), rows)))
     for first in range(slabs):
-        block = active[first::slabs]
-        filled, done, at_target, left = _rows_of(
-            problem, block, rows, slab, NOT_LOCAL, with_correct, scratch
-        )
-        for column, values in zip(found, done, strict=True):
-            column[block] = values
-        seen[block] = True
-        guessed[block] = factor = guess(found.ce, seen)[block]
+        block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
+        _put(found, block.rows, done)
+        seen[block.rows] = True
+        guessed[block.rows] = factor = guess(found.ce, seen)[block.rows]
         kept = (factor != 0).nonzero().squeeze(1)
-        block, factor, at_target = block[kept], factor[kept], at_target[kept]
-        left = None if left is None else left[kept]
         move_up(slab, kept, problem.slab_bytes // 16, scratch)
-        x = gathered(filled, kept, filled_up(len(kept), rows))
-        _add_gradients(
-            problem, into, block, x, slab, factor, factor, at_target, left, scratch,
-            fresh=first == 0,
-        )  # fmt: skip
+        x = gathered(block.x, kept, filled_up(len(kept), len(slab)))
+        left = None if block.left is None else block.left[kept]
+        block = _Block(block.rows[kept], x, slab, block.at_target[kept], left)
+        _add_gradients(problem, into, block, factor[kept], factor[kept], scratch, fresh=first == 0)
     return found, into, guessed
 
 
@@ -243,14 +229,10 @@ def corrected_rows(
     slab = problem.hidden.new_empty(rows, problem.vocab)
     scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
     for some in parts(len(active), rows):
-        block = active[some]
-        filled, _, at_target, left = _rows_of(problem, block, rows, slab, NOT_LOCAL, False, scratch)
+        block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)
+        of_hidden, of_others = factor[block.rows], (factor - guessed)[block.rows]
         # What was written for hidden states is written anew, what was added for others is added to.
-        more = (factor - guessed)[block]
-        _add_gradients(
-            problem, made, block, filled, slab, factor[block], more, at_target, left, scratch,
-            fresh=False,
-        )  # fmt: skip
+        _add_gradients(problem, made, block, of_hidden, of_others, scratch, fresh=False)
     return made
 
 
@@ -317,62 +299,80 @@ def backward_columns(
     return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
 
 
-def _rows_of(
+class _Block(NamedTuple):
+    """Some rows between two products: which they are, and what ``gradient_over_rows`` made of them.
+
+    Attributes:
+        rows: ``[block]``, where they are in the problem.
+        x: their hidden states, and rows of zeros to fill a product up.
+        slab: the gradient for their logits first, whatever is left of others behind.
+        at_target: ``[block]``.
+        left: ``[block]`` or ``None``.
+    """
+
+    rows: Tensor
+    x: Tensor
+    slab: Tensor
+    at_target: Tensor
+    left: Tensor | None
+
+
+def _block(
     problem: Problem,
-    block: Tensor,
-    rows: int,
+    rows: Tensor,
     slab: Tensor,
     weighting: RowLocal,
     with_correct: bool,
     scratch: Tensor,
-) -> tuple[Tensor, Rows, Tensor, Tensor | None]:
-    """Hidden states of some rows, filled up, and what ``gradient_over_rows`` makes of their logits."""
-    filled = gathered(problem.hidden, block, filled_up(len(block), rows))
-    _product(problem, filled, slice(0, problem.vocab), slab[: len(filled)])
+) -> tuple[_Block, Rows]:
+    """The first product over some rows, in the slab, and everything about them."""
+    x = gathered(problem.hidden, rows, filled_up(len(rows), len(slab)))
+    _product(problem, x, slice(0, problem.vocab), slab[: len(x)])
     done, at_target, left = gradient_over_rows(
-        slab[: len(block)], problem.target[block], problem.label_smoothing, problem.z_loss,
+        slab[: len(rows)], problem.target[rows], problem.label_smoothing, problem.z_loss,
         problem.softcap, weighting, with_correct, scratch,
     )  # fmt: skip
-    return filled, done, at_target, left
+    return _Block(rows, x, slab, at_target, left), done
+
+
+def _put(found: Rows, rows: Tensor, done: Rows) -> None:
+    for column, values in zip(found, done, strict=True):
+        column[rows] = values
 
 
 def _add_gradients(
     problem: Problem,
     into: Gradients,
-    block: Tensor,
-    filled: Tensor,
-    slab: Tensor,
+    block: _Block,
     of_hidden: Tensor,
     of_others: Tensor,
-    at_target: Tensor,
-    left: Tensor | None,
     scratch: Tensor,
     *,
     fresh: bool,
 ) -> None:
-    """Write the gradient of some rows' hidden states, and add to the other two, or set them if fresh.
+    """Write the gradient of a block's hidden states, and add to the other two, or set them if fresh.
 
-    ``slab``, ``at_target`` and ``left`` are the rows' as ``gradient_over_rows`` makes them; the rows
-    count ``of_hidden`` in the one and ``of_others`` in the other gradients.
+    Its rows count ``of_hidden`` in the one and ``of_others`` in the other gradients.
     """
-    weight, wanted = problem.unembedding, problem.target[block]
-    x, logits = filled[: len(block)], slab[: len(block)]
+    rows, filled, slab, at_target, left = block
+    weight, wanted = problem.unembedding, problem.target[rows]
+    x, logits = filled[: len(rows)], slab[: len(rows)]
     left = settled(left, logits, of_hidden, of_others)
     if into.hidden.numel():
         of_x = slab[: len(filled)] @ weight
         scale = of_hidden if left is None else of_hidden * left
-        _write_hidden(into.hidden, block, of_x, scale, weight, wanted, of_hidden * at_target)
-    scale = of_others if left is None else of_others * left
+        _write_hidden(into.hidden, rows, of_x, scale, weight, wanted, of_hidden * at_target)
+    scale, at_target = of_others if left is None else of_others * left, of_others * at_target
     if into.unembedding.numel():
         one = torch.ones_like(into.unit)
         own = _unit(scale, x) if into.unembedding.dtype == problem.wide else one
         scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
         own = own if x.dtype == torch.float16 else None
         add_product(into.unembedding, logits.T, scaled, scratch, own, fresh=fresh)
-        _add_targets(into.unembedding, wanted, x, of_others * at_target)
+        _add_targets(into.unembedding, wanted, x, at_target)
     if into.bias.numel():
         _add_to_bias(problem, into.bias, logits, scale)
-        into.bias.index_add_(0, wanted, of_others * at_target)
+        into.bias.index_add_(0, wanted, at_target)
 
 
 def _forward_then_backward(

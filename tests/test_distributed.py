@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import wmtp
-from tests.helpers import close
-from tests.strategies import integers, mask, normal, uniform
+from tests.helpers import close, leaf
+from tests.strategies import IGNORE, integers, mask, normal, uniform
+from wmtp.slabs import corrected_rows
 
 
 ROWS, SEQ, HEADS = 5, 7, 2
@@ -129,6 +131,29 @@ def shares(rows: slice) -> Tensor:
     return torch.stack([dense, linear])
 
 
+def selected(split: str, rows: slice, group: Any) -> Tensor:
+    """What some rows add to Rho-1's loss, its gradient of the unembedding, and how many were corrected."""
+    hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], leaf(normal(13, 6, 3))
+    targets = integers(14, 6, ROWS, SEQ, HEADS)
+    targets = targets.masked_fill(~valid_for(split, ROWS, SEQ, HEADS), IGNORE)[rows]
+    reference, corrected = 2 * uniform(16, ROWS, SEQ, HEADS)[rows], []
+
+    def watched(asked: Any, guessed: Tensor, factor: Tensor, *rest: Any) -> Any:
+        corrected.append(int((~torch.isclose(guessed, factor, rtol=1e-5, atol=0)).sum()))
+        return corrected_rows(asked, guessed, factor, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wmtp.operators.corrected_rows", watched)
+        loss = wmtp.linear_weighted_mtp_loss(
+            hidden, unembedding, targets,
+            partial(wmtp.rho1_weights, reference_nll=reference, keep=0.5, group=group),
+            normalizer=17, head_weights=[1.0, 0.3], slab_bytes=20 * 6 * 8,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, unembedding)
+    assert len(corrected) == 1
+    return torch.cat([loss.detach().view(1), gradient.flatten(), torch.tensor(corrected)])
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -148,6 +173,7 @@ def worker(rank: int, folder: str) -> None:
             found[split, "ties"] = wmtp.top_k_weights(scores[rows], valid[rows], group=group)
             found[split, "alone"] = by_themselves(split, rows, alone)
             found[split, "shares"] = shares(rows)
+            found[split, "selected"] = selected(split, rows, group)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -192,6 +218,18 @@ def test_losses_of_ranks_add_to_the_whole_by_one_count(
 ) -> None:
     # Trainers scale by the number of processes; the loss itself must not know it.
     close(sum((rank[split, "shares"] for rank in ranks), torch.zeros(2)), shares(slice(None)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_selection_over_ranks_is_guessed_by_each_alone(
+    ranks: list[dict[tuple[str, str], Tensor]], split: str
+) -> None:
+    found = [rank[split, "selected"] for rank in ranks]
+    whole = selected(split, slice(None), None)
+    close(found[0][:-1] + found[1][:-1], whole[:-1])
+    # A factor that only ranks together know would have made every kept row a wrong guess.
+    kept = int(valid_for(split, ROWS, SEQ, HEADS).sum()) / 2
+    assert sum(int(x[-1]) for x in found) < kept / 2
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -29,7 +29,7 @@ from wmtp import (
     top_k_weights,
     weighted_mtp_loss,
 )
-from wmtp.methods import rho1_weight_if_kept
+from wmtp.methods import early_rho1
 from wmtp.problem import NOT_LOCAL, Gradients
 from wmtp.slabs import (
     can_guess,
@@ -305,9 +305,11 @@ def calls_of(weights: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) ->
         seen.append(int(valid.sum()))
         return weights(token_ce, valid)
 
-    monkeypatch.setattr(
-        "wmtp.loss.rho1_weight_if_kept", lambda _, *rest: rho1_weight_if_kept(weights, *rest)
-    )
+    def early(_: Any, *rest: Any) -> Any:
+        found = early_rho1(weights, *rest)
+        return found and (watched, found[1])
+
+    monkeypatch.setattr("wmtp.loss.early_rho1", early)
     loss = apply("linear", leaves_of(case, "linear"), case.labels, watched, slab_bytes=20 * 5 * 8)
     loss.backward()
     return seen
@@ -337,7 +339,7 @@ def test_other_functions_are_called_once_with_everything(
 
 def test_what_cannot_be_told_beforehand_is_not() -> None:
     valid, reference = torch.ones(1, 4, 2, dtype=torch.bool), torch.zeros(1, 4)
-    asked = functools.partial(rho1_weight_if_kept, valid=valid, dtype=torch.float64)
+    asked = functools.partial(early_rho1, valid=valid, dtype=torch.float64)
     assert asked(rho1(reference)) is not None
     for weights in (
         rho1_weights,
@@ -347,7 +349,6 @@ def test_what_cannot_be_told_beforehand_is_not() -> None:
         rho1(reference, mode="softmax"),
         rho1(reference, mode="top"),
         rho1(reference, scope="none"),
-        rho1(reference, group="ranks"),
         rho1(reference, keep=0.0),
         rho1(reference, keep=1.5),
         rho1(reference, keep="all"),
@@ -362,11 +363,12 @@ def test_what_cannot_be_told_beforehand_is_not() -> None:
 )
 def test_what_is_kept_weighs_what_was_said(case: Batch, keep: float, scope: Any) -> None:
     valid = oracle.valid_of(case.labels, case.heads, offsets=case.offsets)
-    told = rho1_weight_if_kept(
-        rho1(torch.zeros(case.shape), keep=keep, scope=scope), valid, torch.float64
-    )
-    weights = top_k_weights(normal(case.seed, *case.shape), valid, keep=keep, scope=scope)
-    assert told is not None
+    early = early_rho1(rho1(torch.zeros(case.shape), keep=keep, scope=scope), valid, torch.float64)
+    scores = normal(case.seed, *case.shape)
+    weights = top_k_weights(scores, valid, keep=keep, scope=scope)
+    assert early is not None
+    close(early[0](scores, valid), weights)
+    told = early[1]
     close(torch.where(weights > 0, told, 0), weights)
     assert all_zero(told[~valid])
 

@@ -227,10 +227,10 @@ def is_plain(tensor: Tensor) -> bool:
     plain: Any = Tensor
     if kind.__torch_dispatch__ is not plain.__torch_dispatch__:
         return False
-    functorch: Any = torch._C._functorch  # pyright: ignore
-    # Under a transform, or one of several that `is_grads_batched` hands to a backward pass.
-    kinds: Any = (functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor)
-    return not any(is_kind(tensor) for is_kind in kinds)
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+        return False
+    # One of several upstream gradients that `is_grads_batched` hands to a backward pass.
+    return not torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore
 
 
 def _shape(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.methods import rho1_weight_if_kept
+from wmtp.methods import early_rho1
 from wmtp.problem import Problem
 from wmtp.row_local import RowLocalWeights, as_operator_takes, weights_from_logits
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
@@ -152,6 +152,12 @@ def linear_weighted_mtp_loss(
 
     One call covers all heads and gives one gradient of the unembedding. Predictions without a target
     enter no product; in the backward pass neither do those of weight 0.
+
+    Weights that are known, ``RowLocalWeights``, and a ``functools.partial`` of ``rho1_weights`` (top-k,
+    not under ``torch.compile``) make gradients in the forward pass. The last
+    is asked several times, as the cross entropy comes in, which predictions it would keep; what it
+    says when it knows all is what counts, and rows that were guessed wrong are corrected in the
+    backward pass. Any other function is called once, and the logits that it keeps are made again.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.
@@ -424,15 +430,16 @@ def _guess(
     """
     if torch.compiler.is_compiling():
         return None  # an operator cannot call back into what is traced
-    kept = rho1_weight_if_kept(weights, valid, dtype)
-    if kept is None:
+    early = early_rho1(weights, valid, dtype)
+    if early is None:
         return None
+    select, kept = early
     # Their mean is one, so that their sum is the count.
     count = "tokens" if normalizer == "weights" else normalizer
     factors = _factors(kept, valid, head_weights, count, dtype).detach()
 
     def guess(token_ce: Tensor, seen: Tensor) -> Tensor:
-        return torch.where(weights(token_ce, valid & seen) > 0, factors, 0)
+        return torch.where(select(token_ce, valid & seen) > 0, factors, 0)
 
     return guess
 

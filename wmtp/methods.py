@@ -6,6 +6,7 @@ What is said there of all weights holds here. Those whose first two arguments ar
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
@@ -51,7 +52,8 @@ def rho1_weights(
     """Selective language modelling: weight what the model still has to learn from a reference.
 
     The score is ``excess_loss``, ranked within each head. ``"top_k"`` keeps the best ``keep`` share,
-    ``"softmax"`` weights all by ``exp(excess / T)``.
+    ``"softmax"`` weights all by ``exp(excess / T)``. Hand it to a linear loss as the ``partial`` that
+    the example shows, not in a function of your own: the loss then knows what it does, and is faster.
 
     Args:
         token_ce: ``[batch seq heads]`` cross entropy of the model; a loss hands it in.
@@ -95,22 +97,25 @@ def rho1_weights(
     return softmax_weights(scores, valid, temperature=temperature, scope=scope, group=group)
 
 
-def rho1_weight_if_kept(weights: object, valid: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What each prediction will weigh if it is kept, for a ``partial`` of ``rho1_weights``.
+def early_rho1(
+    weights: object, valid: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor] | None:
+    """Of a ``partial`` of ``rho1_weights`` what can be asked early, and what an entry weighs if kept.
 
-    ``None`` for all else: for functions that may not be called before the cross entropy of all is known,
-    for softmaxes, whose weights cannot be told before, for ranks that select together, and for arguments
-    that the function will refuse.
+    The first is the same selection without other ranks, which may be asked at another time than this
+    one. ``None`` for all else: for functions that may not be called before the cross entropy of all is
+    known, for softmaxes, whose weights cannot be told before, and for arguments that will be refused.
     """
     if not isinstance(weights, partial) or weights.func is not rho1_weights or weights.args:
         return None
     asked = _rho1_defaults() | weights.keywords
     keep, scope = asked["keep"], asked["scope"]
-    if asked["mode"] != "top_k" or asked["group"] is not None or scope not in get_args(Scope):
+    if asked["mode"] != "top_k" or scope not in get_args(Scope):
         return None
     if not isinstance(keep, int | float) or not 0 < keep <= 1:
         return None
-    return weight_if_kept(valid, keep, scope, dtype)
+    kept = weight_if_kept(valid, keep, scope, asked["group"], dtype)
+    return partial(rho1_weights, **(weights.keywords | {"group": None})), kept
 
 
 @cache

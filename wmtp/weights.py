@@ -110,9 +110,11 @@ def top_k_weights(
     return normalize_weights(chosen.to(ranked.dtype), valid, scope=scope, group=group)
 
 
-def weight_if_kept(valid: Tensor, keep: float, scope: Scope, dtype: torch.dtype) -> Tensor:
+def weight_if_kept(
+    valid: Tensor, keep: float, scope: Scope, group: ProcessGroup | None, dtype: torch.dtype
+) -> Tensor:
     """What ``top_k_weights`` gives each entry that it keeps, which the scores do not change."""
-    scoped = Scoped(valid, scope, None)
+    scoped = Scoped(valid, scope, group)
     count = scoped.total(scoped.split(valid).long()).double()
     weight = torch.where(count > 0, count / (count * keep).ceil(), 0).to(dtype)
     return scoped.join(torch.where(scoped.split(valid), weight, 0))

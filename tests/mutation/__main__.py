@@ -55,35 +55,39 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_fuzz.py::test_an_upper_bound_beyond_the_dtype_bounds_nothing",
     ),
     "whitening": ("test_weights.py", "test_devices.py", "test_distributed.py"),
-    "weights": ("test_weights.py", "test_devices.py", "test_unchecked.py", "test_distributed.py"),
-    "methods": ("test_weights.py", "test_devices.py", "test_distributed.py"),
+    "weights": (
+        "test_weights.py", "test_devices.py", "test_unchecked.py", "test_guesses.py", "test_distributed.py",
+    ),
+    "methods": ("test_weights.py", "test_guesses.py", "test_devices.py", "test_distributed.py"),
     "combine": ("test_weights.py", "test_devices.py", "test_distributed.py"),
     "controls": ("test_controls.py", "test_devices.py"),
     "critic": ("test_critic.py", "test_devices.py"),
     "statistics": ("test_statistics.py", "test_devices.py"),
     "loss": (
         "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
-        "test_devices.py",
+        "test_guesses.py", "test_devices.py",
     ),
     "problem": ("test_problem.py", "test_linear_cross_entropy.py", "test_loss_autograd.py"),
     "products": (
         "test_products.py", "test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py",
+        "test_guesses.py",
     ),
     "slab_softmax": (
         "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
         "test_loss_autograd.py", "test_unchecked.py", "test_precision.py",
     ),
     "slabs": (
-        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
-        "test_loss_autograd.py", "test_operators.py", "test_precision.py",
+        "test_slabs.py", "test_guesses.py", "test_linear_cross_entropy.py", "test_row_local.py",
+        "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_precision.py",
     ),
     "operators": (
-        "test_operators.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",
+        "test_operators.py", "test_guesses.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",
         "test_row_local.py", "test_loss.py", "test_slabs.py", "test_transforms.py",
         "test_architecture.py",
     ),
     "linear_cross_entropy": (
-        "test_linear_cross_entropy.py", "test_loss.py", "test_row_local.py", "test_devices.py", _SHARDED,
+        "test_linear_cross_entropy.py", "test_guesses.py", "test_loss.py", "test_row_local.py",
+        "test_devices.py", _SHARDED,
     ),
 }  # fmt: skip
 

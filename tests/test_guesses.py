@@ -222,6 +222,53 @@ def test_a_nan_at_a_valid_place_is_not_hidden() -> None:
     assert bool(grads(loss, tensors)[1].isnan().any())
 
 
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("upstream", [torch.inf, 1e30])
+def test_what_overflows_is_not_finite(keep: float, upstream: float) -> None:
+    case = Batch(1, 9, 1, 11, 4, None, integers(0, 11, 1, 9), 4)
+    tensors = leaves_of(case, "linear", torch.float32)
+    loss = apply("linear", tensors, case.labels, rho1(uniform(5, 1, 9), keep=keep))
+    for found in grads(loss * upstream * upstream, tensors):
+        assert not bool(found.isfinite().all())
+
+
+def test_a_nan_that_is_not_kept_does_no_harm(counted: list[int]) -> None:
+    case = Batch(1, 9, 1, 11, 4, None, integers(0, 11, 1, 9), 4)
+    tensors = leaves_of(case, "linear")
+    with torch.no_grad():
+        tensors[0][0, 0] = torch.nan
+    weights, options = rho1(uniform(5, 1, 9), keep=0.5), {"slab_bytes": 11 * 8 * 2}
+    loss = apply("linear", tensors, case.labels, weights, **options)
+    right = grads(apply("linear", tensors, case.labels, late(weights), **options), tensors)
+    for found, expected in zip(grads(loss, tensors), right, strict=True):
+        assert bool(expected.isfinite().all())
+        close(found, expected)
+    assert counted
+
+
+@pytest.mark.parametrize("big", [1.0, 20.0, 1e3, 1e6])
+def test_a_large_row_that_is_not_kept_costs_no_precision(big: float) -> None:
+    # Orthogonal to the unembedding: its logits are ordinary, what it adds to a gradient is not.
+    rows, vocab, dim = 64, 50, 8
+    hidden, unembedding = normal(0, 1, rows, 1, dim), normal(1, vocab, dim)
+    hidden[..., -1], unembedding[:, -1] = 0.1 * hidden[..., -1], 0.0
+    labels, reference = integers(2, vocab, 1, rows, 1), torch.zeros(1, rows, 1)
+    for first in range(8):
+        x = hidden.clone()
+        x[0, first, 0, -1] = big
+        ours = [leaf(t.float()) for t in (x, unembedding)]
+        exact = [leaf(t.detach().double()) for t in ours]
+        shifted = reference.clone()
+        shifted[0, first] = 1e-3  # not kept by a whisker, if at all
+        options = {"slab_bytes": 8 * vocab * 4}
+        loss, stats = linear_weighted_mtp_loss_and_stats(*ours, labels, rho1(shifted), **options)
+        chosen = rho1(shifted)(stats.token_ce, torch.ones(1, rows, 1, dtype=torch.bool))
+        right = grads(linear_weighted_mtp_loss(*exact, labels, chosen.double()), exact)
+        for found, expected in zip(grads(loss, ours), right, strict=True):
+            error = float((found.double() - expected).norm() / expected.norm())
+            assert error < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2, 3), (2, 0, 2, 3), (2, 1, 3, 3)])
 def test_nothing_to_select_from(shape: tuple[int, ...]) -> None:
     hidden, unembedding = leaf(normal(0, *shape)), leaf(normal(1, 6, 3))

@@ -234,6 +234,63 @@ def test_logits_far_apart_give_exact_losses_and_gradients(
         torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [-0.97, 0.3, 17.0, -40.0])
+@pytest.mark.parametrize("slab_rows", [1, 1000])
+def test_the_only_token_there_is_costs_exactly_nothing(
+    dtype: torch.dtype, bias: float, slab_rows: int
+) -> None:
+    rows = 500
+    x, unembedding = 3 * normal(0, rows, 3).to(dtype), normal(1, 2, 3).to(dtype)
+    asked = problem(x, unembedding, torch.zeros(rows).long(), slab_bytes=slab_rows * 16)
+    asked = asked._replace(bias=torch.tensor([bias, -math.inf], dtype=dtype))
+    factor, needs = torch.ones(rows).double(), [True, True, True]
+    found = forward_columns(asked, False)
+    assert bool((found.ce == 0).all())
+    other, made = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
+    assert bool((other.ce == 0).all())
+    late = backward_columns(asked, factor, found.base, found.log_sum, needs)
+    for gradient in (*made[:3], *late[:3]):
+        assert bool((gradient == 0).all())
+
+
+def test_no_loss_is_below_zero() -> None:
+    x, unembedding = 15 * uniform(0, 2000, 2).float(), torch.zeros(50, 2)
+    unembedding[0] = 1
+    bias = torch.full((50,), -60.0)
+    bias[0] = 0
+    asked = problem(x, unembedding, torch.zeros(2000).long())._replace(bias=bias)
+    assert float(forward_columns(asked, False).ce.min()) >= 0
+
+
+@pytest.mark.parametrize(
+    ("factor", "of_x", "shift"),
+    [
+        *((factor, 1.0, shift) for factor in (1e-30, 1.0, 1e30) for shift in (-31.0, 0.0, 31.0)),
+        (1.0, 1e30, -31.0),
+        (1.0, 1e30, 31.0),
+        (1.0, 1e-30, -31.0),
+    ],
+)
+def test_factors_and_hidden_states_of_any_size(factor: float, of_x: float, shift: float) -> None:
+    x, unembedding = normal(0, 9, 4), normal(1, 11, 4)
+    target, needs = integers(2, 11, 9), [True, True, True]
+    exact = problem(of_x * x, unembedding / of_x, target)._replace(bias=torch.full((11,), shift))
+    exact = exact._replace(bias=exact.bias.double())  # pyright: ignore[reportOptionalMemberAccess]
+    short = exact._replace(**{
+        name: getattr(exact, name).float() for name in ("hidden", "unembedding", "bias")
+    })  # fmt: skip
+    factors = factor * uniform(3, 9)
+    right = forward_backward_rows(exact, factors, NOT_LOCAL, False, False, needs)[1]
+    seen = forward_columns(short, False)
+    for made in (
+        forward_backward_rows(short, factors.float(), NOT_LOCAL, False, False, needs)[1],
+        backward_columns(short, factors.float(), seen.base, seen.log_sum, needs),
+    ):
+        for found, expected in zip(made[:3], right[:3], strict=True):
+            assert float((found.double() - expected).norm() / expected.norm()) < 2e-5
+
+
 def test_sums_over_blocks_of_rows_are_not_rounded_between() -> None:
     # Equal rows have equal gradients: only the sum over them can differ with the size of the blocks.
     rows, vocab, factor = 1000, 300, 0.3

@@ -209,7 +209,7 @@ def linear_predict(
 
     ``guess`` makes of the cross entropy ``[batch seq heads]`` and of which predictions have been seen
     yet what each is expected to count, but for a common factor, or 0: gradients are made for these in
-    the same pass. Wrong guesses cost time, nothing else.
+    the same pass. What was guessed wrong is corrected in the backward pass, for a price.
     """
     if guess is None:
         rows = row_losses(problem, with_correct)

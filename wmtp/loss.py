@@ -154,10 +154,11 @@ def linear_weighted_mtp_loss(
     enter no product; in the backward pass neither do those of weight 0.
 
     Weights that are known, ``RowLocalWeights``, and a ``functools.partial`` of ``rho1_weights`` (top-k,
-    not under ``torch.compile``) make gradients in the forward pass. The last
-    is asked several times, as the cross entropy comes in, which predictions it would keep; what it
-    says when it knows all is what counts, and rows that were guessed wrong are corrected in the
-    backward pass. Any other function is called once, and the logits that it keeps are made again.
+    not under ``torch.compile``, with a default ``slab_bytes`` or enough) make gradients in the forward
+    pass. The last is asked several times, as the cross entropy comes in, which predictions it would
+    keep; what it says when it knows all is what counts, and rows that were guessed wrong are corrected
+    in the backward pass. Any other function is called once, and the logits of what it keeps are made
+    twice.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.

@@ -273,7 +273,7 @@ class _GuessedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[4:8]
+        ctx.options, ctx.made = inputs[4:8], inputs[10]
         ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -287,7 +287,7 @@ class _GuessedRowLosses(torch.autograd.Function):
         if torch.compiler.is_compiling() or not _checks.is_plain(upstream):
             # Several upstream gradients at once, or one that is no number yet.
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 8
-        made: Any = _GuessedRowLossesBackward.apply(upstream, *saved[2:], *ctx.options, needs)  # pyright: ignore
+        made: Any = _GuessedRowLossesBackward.apply(upstream, *saved[2:], *ctx.options, ctx.made)  # pyright: ignore
         return *_asked_for(made, needs), *[None] * 8
 
 

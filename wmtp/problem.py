@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     Attributes:
         loss: the objective.
         ce: the plain cross entropy.
-        base: one of the row's logits, or near to it; see ``log_sum``.
+        base: near to the log-sum-exp, or one of the row's logits; see ``log_sum``.
         log_sum: the log-sum-exp of the logits less their base. The two are kept apart because their sum
             would be rounded as the logits are, however small their differences.
         correct: whether the target is the first most probable token.

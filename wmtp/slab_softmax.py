@@ -28,13 +28,16 @@ from wmtp.problem import RowLocal, Rows, wide_dtype
 
 # Tiles of this size are still in the cache when the next operation comes to them.
 _TILE_BYTES = 4 * 2**20
+# A target as probable as this tells the log-sum-exp of a slab of vocabulary.
+_PROBABLE = math.exp(-8.0)
 # A target tells its own row's log-sum-exp unless its probability is near to underflow.
 _TINY = math.exp(-30.0)
 # Exponentials of logits are summed as they are if the log of the sum is no further from 0: no term that
-# counts overflows or underflows then, in products with other operands neither.
+# counts overflows or underflows then.
 _MOST_LOG_SUM = 32.0
-# What rows are still to be multiplied with is divided out of the slab if it would be less than this.
-_LEAST_LEFT = 2.0**-100
+# The slab's rows are multiplied with what is left if that, times what a row counts, is less or more than
+# this; more also with the largest of the hidden states.
+_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**100
 # Row-local weights that look at every probability of a row.
 _WHOLE_ROW = ("entropy", "el2n")
 
@@ -43,7 +46,7 @@ class ColumnSums(NamedTuple):
     """What a slab of some columns tells of its rows, ``[rows]``; ``best`` and ``total`` on demand.
 
     Attributes:
-        base: a logit, or near to it.
+        base: near to the log-sum-exp; the target's logit where that is probable.
         log_sum: the log-sum-exp of the logits less their base, −inf if all logits are.
         chosen: the target's logit, 0 where the target is not among the columns.
         best: the largest logit.
@@ -84,7 +87,7 @@ def reduce_columns(
     rows, columns = logits.shape
     inside, column = _within(wanted, columns)
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
-    whole, shift = torch.empty_like(chosen), torch.zeros_like(chosen)
+    whole, own, shift = (torch.zeros_like(chosen) for _ in range(3))
     best = chosen.new_empty(rows if with_best else 0)
     best_at = wanted.new_empty(rows if with_best else 0)
     total = chosen.new_empty(rows if with_sum else 0)
@@ -98,10 +101,14 @@ def reduce_columns(
         if not _ordinary(whole[tile]):
             shift[tile] = _shifted(logits[tile], softcap, scratch)
             torch.sum(out.exp_(), 1, out=whole[tile])
+        own[tile] = _at(out, column[tile])
     # A number near to the log-sum-exp, and how far it is from there: log Σ, but for the rounding of log.
     log = torch.where(whole > 0, whole.log(), 0)
     base = shift + log
-    log_sum = torch.log(whole / torch.exp(base - shift))
+    # A probable target tells it without a rounding of its own: a sure one has a loss of exactly 0.
+    probable = inside & (own >= _PROBABLE * whole) & (own > 0)
+    log_sum = torch.log(whole / torch.where(probable, own, torch.exp(base - shift)))
+    base = torch.where(probable, chosen, base)
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
 
@@ -183,19 +190,25 @@ def gradient_over_rows(
     return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
 
 
-def settled(left: Tensor | None, slab: Tensor, *factors: Tensor) -> Tensor | None:
-    """What is left, or ``None`` if a factor is so small that the slab's rows had better be multiplied."""
+def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
+    """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
     if left is None:
         return None
-    fits = [((factor * left).abs() >= _LEAST_LEFT) | (factor == 0) for factor in factors]
-    if bool(torch.stack(fits).all()):
+    if all(_fits(factor, factor * left, x) for factor in factors):
         return left
     slab.mul_(left.unsqueeze(1))
     return None
 
 
+def _fits(factor: Tensor, left: Tensor, x: Tensor) -> bool:
+    """Whether what is left of rows that count ``factor`` is in range, also in products with ``x``."""
+    largest = x.abs().amax().to(left.dtype) if x.numel() else 1.0
+    in_range = (left.abs() >= _LEAST_LEFT) & (left.abs() * (1 + largest) <= _MOST_LEFT)
+    return bool((in_range | (factor == 0)).all())
+
+
 def left_over_columns(
-    logits: Tensor,
+    x: Tensor,
     base: Tensor,
     log_sum: Tensor,
     factor: Tensor,
@@ -207,15 +220,14 @@ def left_over_columns(
     ``None``, if that is 1, because the slab's rows are multiplied with it already: by a kernel, or
     where exponentials of logits as they are would not do.
     """
-    if _kernels(logits) is not None or logits.dtype == torch.float16 or label_smoothing:
+    if _kernels(x) is not None or x.dtype == torch.float16 or label_smoothing:
         return None
     lse = base + log_sum
     left = factor * torch.exp(-base) * torch.exp(-log_sum)
     if z_loss:
         left = left * (1 + 2 * z_loss * lse)
-    # Nothing is left of rows whose factor is 0.
-    fits = (lse.abs() <= _MOST_LOG_SUM) & ((left.abs() >= _LEAST_LEFT) | (factor == 0))
-    return left if bool(fits.all()) else None
+    ordinary = bool((lse.abs() <= _MOST_LOG_SUM).all())
+    return left if ordinary and _fits(factor, left, x) else None
 
 
 def gradient_over_columns(

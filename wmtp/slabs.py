@@ -56,6 +56,8 @@ _BLOCK_ROWS = 4096
 _MIN_COLUMNS = 256
 # More slabs than this and guessing their factors takes a time of its own.
 _MOST_GUESSES = 256
+# Rows whose largest hidden number is more than so many times the median of all are not guessed.
+_MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
 # A slab starts at a multiple of so many columns, for vector loads.
@@ -178,7 +180,8 @@ def forward_guessing_rows(
     """Rows, and the gradients of ``Σ guessed · loss`` for what was guessed of each row, given last.
 
     A slab's rows are taken from all over the batch, so that what is known when they are guessed is a
-    fair sample of it. ``can_guess`` says whether to call this.
+    fair sample of it. Rows whose loss is not finite, or whose hidden state is far larger than others,
+    are guessed to count nothing. ``can_guess`` says whether to call this.
     """
     found = problem.empty_rows()
     active = (problem.target >= 0).nonzero().squeeze(1)
@@ -192,6 +195,9 @@ def forward_guessing_rows(
         hidden.new_ones((), dtype=dtype),
     )
     guessed, seen = torch.zeros_like(found.loss), torch.zeros_like(found.correct)
+    size = hidden.abs().amax(1)
+    # What a row of these adds could not be taken back without rounding what others have added.
+    sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
     slab = hidden.new_empty(rows, problem.vocab)
     scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
     slabs = len(list(parts(len(active), rows)))
@@ -199,7 +205,8 @@ def forward_guessing_rows(
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
         _put(found, block.rows, done)
         seen[block.rows] = True
-        guessed[block.rows] = factor = guess(found.ce, seen)[block.rows]
+        fair = sure[block.rows] & done.loss.isfinite()
+        guessed[block.rows] = factor = torch.where(fair, guess(found.ce, seen)[block.rows], 0)
         kept = (factor != 0).nonzero().squeeze(1)
         move_up(slab, kept, problem.slab_bytes // 16, scratch)
         x = gathered(block.x, kept, filled_up(len(kept), len(slab)))
@@ -215,12 +222,14 @@ def corrected_rows(
     """From the gradients of ``Σ guessed · loss``, changed in place, those of ``Σ factor · loss``.
 
     Rows whose guess was right, but for the rounding of factors, are left as they are. Where more were
-    wrong than count, they are all made anew.
+    wrong than count, or something overflowed on the way, they are all made anew.
     """
     near = (factor - guessed).abs() <= _NEAR * torch.finfo(factor.dtype).eps * factor.abs()
+    near &= factor.isfinite()
     active = ((problem.target >= 0) & ~near).nonzero().squeeze(1)
     count = ((problem.target >= 0) & (factor != 0)).nonzero().squeeze(1)
-    if len(active) > len(count):
+    finite = all(bool(gradient.sum().isfinite()) for gradient in made[:3])
+    if len(active) > len(count) or not finite:
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:
             gradient.zero_()
@@ -357,7 +366,7 @@ def _add_gradients(
     rows, filled, slab, at_target, left = block
     weight, wanted = problem.unembedding, problem.target[rows]
     x, logits = filled[: len(rows)], slab[: len(rows)]
-    left = settled(left, logits, of_hidden, of_others)
+    left = settled(left, logits, x, of_hidden, of_others)
     if into.hidden.numel():
         of_x = slab[: len(filled)] @ weight
         scale = of_hidden if left is None else of_hidden * left

@@ -246,6 +246,21 @@ def test_a_nan_that_is_not_kept_does_no_harm(counted: list[int]) -> None:
     assert counted
 
 
+def test_logits_that_overflow_are_not_guessed() -> None:
+    hidden, unembedding = normal(0, 1, 30, 1, 8), 2000 + 1000 * uniform(1, 20, 8)
+    hidden[0, 0] = 6.0  # an ordinary hidden state, logits beyond float16, a loss of NaN
+    labels, weights = integers(2, 20, 1, 30, 1), rho1(torch.zeros(1, 30, 1), keep=0.95)
+    for asked in (late(weights), weights):
+        tensors = [leaf(x.half()) for x in (hidden, unembedding)]
+        loss, stats = linear_weighted_mtp_loss_and_stats(
+            *tensors, labels, asked, slab_bytes=2 * 2 * (30 + 20) * 8 + 2 * 20 * 2
+        )
+        assert bool(stats.token_ce[0, 0].isnan())
+        assert bool(loss.isfinite())
+        for gradient in grads(loss, tensors):
+            assert bool(gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("big", [1.0, 20.0, 1e3, 1e6])
 def test_a_large_row_that_is_not_kept_costs_no_precision(big: float) -> None:
     # Orthogonal to the unembedding: its logits are ordinary, what it adds to a gradient is not.
@@ -310,6 +325,16 @@ def test_several_slabs_take_little_more(counted: list[int]) -> None:
     assert 0 < counted[0] < rows / 25
     # Three products for each, and one of kept rows is filled up to a multiple of 16.
     assert cost <= unit * (rows * 2 + 3 * counted[0] + 8 * 15)
+
+
+def test_a_slab_is_a_fair_sample_of_the_batch(counted: list[int]) -> None:
+    # The further on, the less is kept: of rows in their order every guess would be of the wrong sort.
+    hidden, unembedding = leaf(normal(0, 1, 400, 1, 4)), leaf(normal(1, 30, 4))
+    reference = torch.linspace(0, 50, 400).double()[None, :, None]
+    linear_weighted_mtp_loss(
+        hidden, unembedding, integers(2, 30, 1, 400, 1), rho1(reference), slab_bytes=45 * 30 * 8
+    ).backward()
+    assert counted[0] <= 8
 
 
 def test_a_factor_common_to_all_is_no_wrong_guess(counted: list[int]) -> None:

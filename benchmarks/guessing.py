@@ -11,12 +11,11 @@ rows taken from all over the batch and for rows in their order, which no loss he
 
 import argparse
 import sysconfig
-from collections import Counter
 from pathlib import Path
 
 import torch
 from measure import chip
-from skipping import UNKNOWN, Model, train, words_of
+from skipping import Model, numbered, train, words_of
 from torch import Tensor
 
 import wmtp
@@ -57,16 +56,13 @@ def main() -> None:
     print(f"{chip()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     words = words_of(options.root, options.megabytes)
-    known = [word for word, _ in Counter(words).most_common(options.vocab - 1)]
-    number = {word: place for place, word in enumerate(known, 1)}
-    tokens = torch.tensor([number.get(word, UNKNOWN) for word in words])
-    tokens = tokens[: len(tokens) // options.context * options.context].view(-1, options.context)
+    tokens, vocab = numbered(words, options.vocab, options.context)
     order = torch.randperm(len(tokens))
     unseen, rows = tokens[order[: options.rows]], tokens[order[options.rows :]]
 
     found: list[Tensor] = []
     for name, share in (("reference", 0.7), ("model", 0.3)):
-        model = Model(len(known) + 1, options.dim, 2, options.context)
+        model = Model(vocab, options.dim, 2, options.context)
         trained = train(model, rows, share * options.minutes, options.batch)
         with torch.no_grad():
             found.append(wmtp.linear_token_nll(model(unseen), model.unembedding, unseen))

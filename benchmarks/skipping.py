@@ -47,6 +47,14 @@ def words_of(root: Path, megabytes: float) -> list[str]:
     return found
 
 
+def numbered(words: list[str], vocab: int, context: int) -> tuple[Tensor, int]:
+    """``[rows context]`` numbers of words, by frequency, and how many there are; rare ones are 0."""
+    known = [word for word, _ in Counter(words).most_common(vocab - 1)]
+    number = {word: place for place, word in enumerate(known, 1)}
+    tokens = torch.tensor([number.get(word, UNKNOWN) for word in words])
+    return tokens[: len(tokens) // context * context].view(-1, context), len(known) + 1
+
+
 class Model(nn.Module):
     """A small causal transformer; gives the last hidden states."""
 
@@ -164,13 +172,9 @@ def main() -> None:
     print(f"{chip()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     words = words_of(options.root, options.megabytes)
-    known = [word for word, _ in Counter(words).most_common(options.vocab - 1)]
-    number = {word: place for place, word in enumerate(known, 1)}
-    tokens = torch.tensor([number.get(word, UNKNOWN) for word in words])
-    tokens = tokens[: len(tokens) // options.context * options.context].view(-1, options.context)
+    tokens, vocab = numbered(words, options.vocab, options.context)
     unseen = -(-options.rows // (options.context - 1))
     heldout, rows = tokens[-unseen:], tokens[:-unseen]
-    vocab = len(known) + 1
     print(f"{tokens.numel()} words, {vocab} different; {rows.numel()} to train on")
 
     model = Model(vocab, options.dim, options.layers, options.context)

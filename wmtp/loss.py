@@ -424,8 +424,8 @@ def _guess(
     head_weights: HeadWeights,
     normalizer: Normalizer,
     dtype: torch.dtype,
-) -> WeightFunction | None:
-    """What each prediction will count, told from the cross entropy of some, or ``None``.
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What tells from the cross entropy of some predictions what each will count, or ``None``.
 
     A selection of some is a fair guess of a selection of all; what a kept one counts is known.
     """

@@ -7,8 +7,8 @@ What is said there of all weights holds here. Those whose first two arguments ar
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -108,7 +108,7 @@ def early_rho1(
     """
     if not isinstance(weights, partial) or weights.func is not rho1_weights or weights.args:
         return None
-    asked = _rho1_defaults() | weights.keywords
+    asked = inspect.unwrap(rho1_weights).__kwdefaults__ | weights.keywords
     keep, scope = asked["keep"], asked["scope"]
     if asked["mode"] != "top_k" or scope not in get_args(Scope):
         return None
@@ -116,12 +116,6 @@ def early_rho1(
         return None
     kept = weight_if_kept(valid, keep, scope, asked["group"], dtype)
     return partial(rho1_weights, **(weights.keywords | {"group": None})), kept
-
-
-@cache
-def _rho1_defaults() -> dict[str, Any]:
-    parameters = inspect.signature(rho1_weights).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
 
 
 @typed

@@ -209,6 +209,18 @@ def _fake_gradients(
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in asked)
 
 
+class _Once(torch.autograd.Function):
+    """What a backward pass computes, where another one through it raises."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> None:
+        raise RuntimeError(_ONCE)
+
+
 class _RowLosses(torch.autograd.Function):
     """Honours the whole upstream gradient; skips the products of inputs that need no gradient."""
 
@@ -246,18 +258,10 @@ def _recomputed(
     return _asked_for(gradients, needs)
 
 
-class _RowLossesBackward(torch.autograd.Function):
+class _RowLossesBackward(_Once):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _row_losses_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> None:
-        raise RuntimeError(_ONCE)
 
 
 class _GuessedRowLosses(torch.autograd.Function):
@@ -291,7 +295,7 @@ class _GuessedRowLosses(torch.autograd.Function):
         return *_asked_for(made, needs), *[None] * 8
 
 
-class _GuessedRowLossesBackward(torch.autograd.Function):
+class _GuessedRowLossesBackward(_Once):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         upstream, hidden, unembedding, bias, target, *made, guessed = inputs[:9]
@@ -305,14 +309,6 @@ class _GuessedRowLossesBackward(torch.autograd.Function):
             problem, guessed, upstream / common, Gradients(*made, unit=one), needs
         )
         return _scale_(common, hidden.dtype, corrected[:3])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> None:
-        raise RuntimeError(_ONCE)
 
 
 def _common_factor(upstream: Tensor, guessed: Tensor) -> Tensor:
@@ -361,21 +357,13 @@ class _WeightedRowSum(torch.autograd.Function):
         return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5
 
 
-class _Scale(torch.autograd.Function):
+class _Scale(_Once):
     """Products with the upstream gradient; tied to the inputs so that a second backward raises."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         upstream, scale, values, *gradients, hidden = inputs[:7]
         return *_scaled(scale, hidden.dtype, gradients), upstream * values
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> None:
-        raise RuntimeError(_ONCE)
 
 
 def _scaled(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -52,8 +52,6 @@ def gathered(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
 
 def move_up(slab: Tensor, rows: Tensor, most_bytes: int, scratch: Tensor) -> None:
     """The slab's first rows become those at ``rows``, which ascend, without a second slab."""
-    if not len(rows) or int(rows[-1]) < len(rows):  # they are the first already
-        return
     columns = slab.shape[1]
     narrow = scratch.view(slab.dtype)
     if len(narrow) < columns:  # a GPU's kernels want no scratch

@@ -124,8 +124,8 @@ def gradient_over_rows(
 ) -> tuple[Rows, Tensor, Tensor | None]:
     """Everything about rows of the whole vocabulary, ``dℓ/dz`` at each row's target, and what is left.
 
-    The slab's rows, multiplied with what is left (1 if ``None``), are ``dℓ/dz``. That, and what a row
-    counts, is for the caller to multiply with, in rows × dim.
+    The slab's rows, multiplied with what is left (1 if ``None``), are ``dℓ/dz``, but 0 at the target.
+    That, and what a row counts, is for the caller to multiply with, in rows × dim.
     """
     kernels = _kernels(logits)
     if kernels is not None:
@@ -160,7 +160,7 @@ def gradient_over_rows(
                 score[tile] = _score(kind, out, own[tile] / whole, others[tile] / whole)
             if z_loss:
                 lse = shift[tile] + whole.log()
-                out.mul_((1 + 2 * z_loss * lse).unsqueeze(1))
+                out.mul_(_growth(z_loss, lse).unsqueeze(1))
             if label_smoothing:
                 out.sub_(label_smoothing / vocab).scatter_(1, index, 0.0)
         _write_gradient(slab, out, softcap)
@@ -186,7 +186,7 @@ def gradient_over_rows(
     )
     left = None
     if not divided:
-        left = (1 + 2 * z_loss * lse) / whole if z_loss else 1 / whole
+        left = _growth(z_loss, lse) / whole if z_loss else 1 / whole
     return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
 
 
@@ -194,15 +194,19 @@ def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> T
     """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
     if left is None:
         return None
-    if all(_fits(factor, factor * left, x) for factor in factors):
+    largest = _largest(x)
+    if all(_fits(factor, factor * left, largest) for factor in factors):
         return left
     slab.mul_(left.unsqueeze(1))
     return None
 
 
-def _fits(factor: Tensor, left: Tensor, x: Tensor) -> bool:
-    """Whether what is left of rows that count ``factor`` is in range, also in products with ``x``."""
-    largest = x.abs().amax().to(left.dtype) if x.numel() else 1.0
+def _largest(x: Tensor) -> float:
+    return float(x.abs().amax()) if x.numel() else 0.0
+
+
+def _fits(factor: Tensor, left: Tensor, largest: float) -> bool:
+    """Whether what is left of rows that count ``factor`` is in range, also times a largest operand."""
     in_range = (left.abs() >= _LEAST_LEFT) & (left.abs() * (1 + largest) <= _MOST_LEFT)
     return bool((in_range | (factor == 0)).all())
 
@@ -225,9 +229,9 @@ def left_over_columns(
     lse = base + log_sum
     left = factor * torch.exp(-base) * torch.exp(-log_sum)
     if z_loss:
-        left = left * (1 + 2 * z_loss * lse)
+        left = left * _growth(z_loss, lse)
     ordinary = bool((lse.abs() <= _MOST_LOG_SUM).all())
-    return left if ordinary and _fits(factor, left, x) else None
+    return left if ordinary and _fits(factor, left, _largest(x)) else None
 
 
 def gradient_over_columns(
@@ -243,11 +247,11 @@ def gradient_over_columns(
     scratch: Tensor,
     is_left: bool,
 ) -> Tensor:
-    """The slab of some columns becomes ``factor · dℓ/dz``; gives the gradient at the target.
+    """The slab of some columns becomes ``factor · dℓ/dz``, 0 at the target, whose gradient is given.
 
     ``base`` and ``log_sum`` are the whole rows'. ``wanted`` counts from the slab's first column; 0 is
-    given where it is not in the slab. With ``is_left`` the slab's rows are still to be multiplied with what
-    ``left_over_columns`` has given for them.
+    given where it is not in the slab. With ``is_left`` the slab's rows are that only when multiplied with
+    what ``left_over_columns`` has given for them.
     """
     kernels = _kernels(logits)
     if kernels is not None:
@@ -266,7 +270,7 @@ def gradient_over_columns(
             p = torch.sub(z, base[tile].unsqueeze(1), out=out)
             p.sub_(log_sum[tile].unsqueeze(1)).exp_()
             if z_loss:
-                p.mul_((1 + 2 * z_loss * lse[tile]).unsqueeze(1))
+                p.mul_(_growth(z_loss, lse[tile]).unsqueeze(1))
             if label_smoothing:
                 p.sub_(label_smoothing / vocab)
             p.mul_(factor[tile].unsqueeze(1))
@@ -301,6 +305,11 @@ def _gradient_at_target(
     if label_smoothing:
         out = out + label_smoothing * (1 - 1 / vocab)
     return out * (1 - (chosen / softcap).square()) if softcap else out
+
+
+def _growth(z_loss: float, lse: Tensor) -> Tensor:
+    """What z-loss multiplies the gradient of the log-sum-exp with."""
+    return 1 + 2 * z_loss * lse
 
 
 def _write_gradient(slab: Tensor, p: Tensor, softcap: float) -> None:

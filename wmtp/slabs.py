@@ -137,11 +137,9 @@ def forward_backward_rows(
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
     dtype = problem.gradient_dtype(needs, weighting)
-    excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
-    most = _rows_in(problem.slab_bytes - excess, problem)
+    most = _most_rows(problem, needs)
     if needs[1] and dtype != problem.wide and len(active) > most:
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
-    rows = filled_up(evenly(len(active), most), most)
     hidden, weight = problem.hidden, problem.unembedding
     factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
     if dtype != problem.wide:
@@ -150,10 +148,9 @@ def forward_backward_rows(
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    slab = hidden.new_empty(rows, problem.vocab)
-    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+    slab, scratch = _row_slab(problem, len(active), most)
     into = Gradients(of_hidden, of_weight, of_bias, unit)
-    for some in parts(len(active), rows):
+    for some in parts(len(active), len(slab)):
         block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
         _put(found, block.rows, done)
         scale = factor[block.rows] * done.weight
@@ -170,8 +167,7 @@ def can_guess(problem: Problem, needs: Sequence[bool]) -> bool:
     """Whether ``forward_guessing_rows`` has the memory it wants, and few enough guesses to make."""
     if not any(needs) or not problem.holds_wide(needs):
         return False
-    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
-    return len(problem.target) <= _MOST_GUESSES * most
+    return len(problem.target) <= _MOST_GUESSES * _most_rows(problem, needs)
 
 
 def forward_guessing_rows(
@@ -186,8 +182,6 @@ def forward_guessing_rows(
     found = problem.empty_rows()
     active = (problem.target >= 0).nonzero().squeeze(1)
     hidden, weight, dtype = problem.hidden, problem.unembedding, problem.wide
-    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
-    rows = filled_up(evenly(len(active), most), most)
     into = Gradients(
         hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype),
         _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active),
@@ -198,9 +192,8 @@ def forward_guessing_rows(
     size = hidden.abs().amax(1)
     # What a row of these adds could not be taken back without rounding what others have added.
     sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
-    slab = hidden.new_empty(rows, problem.vocab)
-    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
-    slabs = len(list(parts(len(active), rows)))
+    slab, scratch = _row_slab(problem, len(active), _most_rows(problem, needs))
+    slabs = len(list(parts(len(active), len(slab))))
     for first in range(slabs):
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
         _put(found, block.rows, done)
@@ -208,11 +201,8 @@ def forward_guessing_rows(
         fair = sure[block.rows] & done.loss.isfinite()
         guessed[block.rows] = factor = torch.where(fair, guess(found.ce, seen)[block.rows], 0)
         kept = (factor != 0).nonzero().squeeze(1)
-        move_up(slab, kept, problem.slab_bytes // 16, scratch)
-        x = gathered(block.x, kept, filled_up(len(kept), len(slab)))
-        left = None if block.left is None else block.left[kept]
-        block = _Block(block.rows[kept], x, slab, block.at_target[kept], left)
-        _add_gradients(problem, into, block, factor[kept], factor[kept], scratch, fresh=first == 0)
+        some, scale = _some_of(problem, block, kept, scratch), factor[kept]
+        _add_gradients(problem, into, some, scale, scale, scratch, fresh=first == 0)
     return found, into, guessed
 
 
@@ -233,11 +223,8 @@ def corrected_rows(
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:
             gradient.zero_()
-    most = _rows_in(problem.slab_bytes - problem.wide_excess(needs), problem)
-    rows = filled_up(evenly(len(active), most), most)
-    slab = problem.hidden.new_empty(rows, problem.vocab)
-    scratch = scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
-    for some in parts(len(active), rows):
+    slab, scratch = _row_slab(problem, len(active), _most_rows(problem, needs))
+    for some in parts(len(active), len(slab)):
         block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)
         of_hidden, of_others = factor[block.rows], (factor - guessed)[block.rows]
         # What was written for hidden states is written anew, what was added for others is added to.
@@ -342,6 +329,16 @@ def _block(
         problem.softcap, weighting, with_correct, scratch,
     )  # fmt: skip
     return _Block(rows, x, slab, at_target, left), done
+
+
+def _some_of(problem: Problem, block: _Block, kept: Tensor, scratch: Tensor) -> _Block:
+    """Only those rows of a block that are kept, in its slab, whose others are gone."""
+    rows, x, slab, at_target, left = block
+    if len(kept) == len(rows):
+        return block
+    move_up(slab, kept, problem.slab_bytes // 16, scratch)
+    x = gathered(x, kept, filled_up(len(kept), len(slab)))
+    return _Block(rows[kept], x, slab, at_target[kept], None if left is None else left[kept])
 
 
 def _put(found: Rows, rows: Tensor, done: Rows) -> None:
@@ -478,9 +475,16 @@ def _sum_cells(problem: Problem) -> int:
     return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)
 
 
-def _rows_in(bytes_left: int, problem: Problem) -> int:
-    """Rows of logits, beside a scratch of a sixteenth."""
-    return bytes_left * 15 // 16 // problem.row_bytes
+def _most_rows(problem: Problem, needs: Sequence[bool]) -> int:
+    """Rows of logits in what wide gradients leave of the budget, beside a scratch of a sixteenth."""
+    excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
+    return (problem.slab_bytes - excess) * 15 // 16 // problem.row_bytes
+
+
+def _row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
+    """A slab for as many rows at a time as there are or as there is room for, and its scratch."""
+    slab = problem.hidden.new_empty(filled_up(evenly(rows, most), most), problem.vocab)
+    return slab, scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
 
 
 def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:

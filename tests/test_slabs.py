@@ -16,7 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import linear_weighted_mtp_loss
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal
-from wmtp.slabs import backward_columns, forward_backward_rows, forward_columns
+from wmtp.slabs import (
+    backward_columns,
+    corrected_rows,
+    forward_backward_rows,
+    forward_columns,
+    forward_guessing_rows,
+)
 
 
 ROWS, DIM = 64, 8
@@ -168,6 +174,45 @@ def test_float16_products_neither_overflow_nor_underflow(rows: int, large: float
             error = made.double() * gradients.unit.double() * rows - true
             assert error.isfinite().all()
             assert float(error[:, 1:].norm() / true[:, 1:].norm()) < 5e-3
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+# Gradients of an ordinary size; rows that z-loss makes large; with an unembedding that is large too.
+@pytest.mark.parametrize(("z_loss", "large"), [(1e-4, 1.0), (0.5, 1.0), (0.5, 2e3)])
+def test_z_loss_does_not_make_float16_products_overflow(
+    z_loss: float, large: float, label_smoothing: float
+) -> None:
+    vocab, dim, rows = 300, 128, 24
+    x, unembedding = normal(0, rows, dim).half() / 8, normal(1, vocab, dim).half()
+    x[: rows // 2] *= 50
+    # Multiplied with nothing but 0: it bounds the hidden states' gradient, and changes no logit.
+    x[:, 0], unembedding[:, 0] = 0, large
+    leaves = [t.double().requires_grad_() for t in (x, unembedding)]
+    logits, target = leaves[0] @ leaves[1].T, integers(2, vocab, rows)
+    lse = logits.logsumexp(1)
+    true = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    expected = torch.autograd.grad(true + z_loss * lse.square().mean(), leaves)
+    wide = problem(x, unembedding, target)._replace(label_smoothing=label_smoothing, z_loss=z_loss)
+    needs, factor = [True, True, False], torch.full((rows,), 1.0 / rows)
+    found, held = forward_backward_rows(wide, factor, NOT_LOCAL, False, False, needs)
+    narrow = wide._replace(slab_bytes=3 * 2 * vocab)
+    assert narrow.gradient_dtype(needs, NOT_LOCAL) == torch.float16
+    _, guessed, some = forward_guessing_rows(wide, lambda ce, _: ce / ce, False, needs)
+    for gradients in (
+        held,
+        forward_backward_rows(narrow, factor, NOT_LOCAL, False, False, needs)[1],
+        forward_backward_rows(narrow, factor, NOT_LOCAL, False, False, [True, False, False])[1],
+        backward_columns(wide, factor, found.base, found.log_sum, needs),
+        corrected_rows(wide, some, torch.ones(rows), guessed, needs)._replace(
+            unit=torch.tensor(1 / rows)
+        ),
+    ):
+        for made, right in zip(gradients, expected, strict=False):
+            if made.numel():
+                error = made.double() * gradients.unit.double() - right
+                assert error.isfinite().all()
+                # The first column is the sum of all probabilities, what is left of which is rounding.
+                assert float(error[:, 1:].norm() / right[:, 1:].norm()) < 5e-3
 
 
 def test_float16_rows_of_no_weight_have_no_gradient() -> None:

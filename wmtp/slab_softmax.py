@@ -38,6 +38,8 @@ _MOST_LOG_SUM = 32.0
 # The slab's rows are multiplied with what is left if that, times what a row counts, is less or more than
 # this; more also with the largest of the hidden states.
 _LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**100
+# Float16 rows that z-loss multiplies with more than this are divided again: products could overflow.
+_MOST_GROWTH = 2.0
 # Row-local weights that look at every probability of a row.
 _WHOLE_ROW = ("entropy", "el2n")
 
@@ -132,7 +134,8 @@ def gradient_over_rows(
         *seen, at_target = kernels.gradient_over_rows(
             logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
-        return Rows(*seen), at_target, None
+        rows = Rows(*seen)
+        return rows, at_target, _shrunk(logits, z_loss, rows.base + rows.log_sum)
     vocab, kind = logits.shape[1], weighting.kind
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
@@ -160,7 +163,7 @@ def gradient_over_rows(
                 score[tile] = _score(kind, out, own[tile] / whole, others[tile] / whole)
             if z_loss:
                 lse = shift[tile] + whole.log()
-                out.mul_(_growth(z_loss, lse).unsqueeze(1))
+                out.mul_(growth(z_loss, lse).unsqueeze(1))
             if label_smoothing:
                 out.sub_(label_smoothing / vocab).scatter_(1, index, 0.0)
         _write_gradient(slab, out, softcap)
@@ -184,9 +187,10 @@ def gradient_over_rows(
     at_target = _gradient_at_target(
         p_target, p_others, chosen, lse, label_smoothing, z_loss, softcap, vocab
     )
-    left = None
-    if not divided:
-        left = _growth(z_loss, lse) / whole if z_loss else 1 / whole
+    if divided:
+        left = _shrunk(logits, z_loss, lse)
+    else:
+        left = growth(z_loss, lse) / whole if z_loss else 1 / whole
     return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
 
 
@@ -229,7 +233,7 @@ def left_over_columns(
     lse = base + log_sum
     left = factor * torch.exp(-base) * torch.exp(-log_sum)
     if z_loss:
-        left = left * _growth(z_loss, lse)
+        left = left * growth(z_loss, lse)
     ordinary = bool((lse.abs() <= _MOST_LOG_SUM).all())
     return left if ordinary and _fits(factor, left, _largest(x)) else None
 
@@ -270,7 +274,7 @@ def gradient_over_columns(
             p = torch.sub(z, base[tile].unsqueeze(1), out=out)
             p.sub_(log_sum[tile].unsqueeze(1)).exp_()
             if z_loss:
-                p.mul_(_growth(z_loss, lse[tile]).unsqueeze(1))
+                p.mul_(growth(z_loss, lse[tile]).unsqueeze(1))
             if label_smoothing:
                 p.sub_(label_smoothing / vocab)
             p.mul_(factor[tile].unsqueeze(1))
@@ -307,9 +311,21 @@ def _gradient_at_target(
     return out * (1 - (chosen / softcap).square()) if softcap else out
 
 
-def _growth(z_loss: float, lse: Tensor) -> Tensor:
+def growth(z_loss: float, lse: Tensor) -> Tensor:
     """What z-loss multiplies the gradient of the log-sum-exp with."""
     return 1 + 2 * z_loss * lse
+
+
+def _shrunk(slab: Tensor, z_loss: float, lse: Tensor) -> Tensor | None:
+    """Powers of two that float16 rows are divided by where z-loss has made them large, if it has."""
+    if slab.dtype != torch.float16 or not z_loss:
+        return None
+    grown = growth(z_loss, lse).abs()
+    if not bool((grown > _MOST_GROWTH).any()):
+        return None
+    left = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))
+    slab.mul_(left.reciprocal().unsqueeze(1))
+    return left
 
 
 def _write_gradient(slab: Tensor, p: Tensor, softcap: float) -> None:

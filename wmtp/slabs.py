@@ -37,6 +37,7 @@ from wmtp.products import (
 from wmtp.slab_softmax import (
     gradient_over_columns,
     gradient_over_rows,
+    growth,
     left_over_columns,
     reduce_columns,
     scratch_for,
@@ -138,7 +139,9 @@ def forward_backward_rows(
     active = weighted.nonzero().squeeze(1)
     dtype = problem.gradient_dtype(needs, weighting)
     most = _most_rows(problem, needs)
-    if needs[1] and dtype != problem.wide and len(active) > most:
+    # Where one slab is not all, or it is not known yet how large z-loss makes the gradients.
+    parted = needs[1] and len(active) > most
+    if dtype != problem.wide and (parted or (dtype == torch.float16 and problem.z_loss)):
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     hidden, weight = problem.hidden, problem.unembedding
     factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
@@ -246,7 +249,8 @@ def backward_columns(
     rows, columns = _column_slab(problem, len(active))
     filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
     x, weight = filled[: len(active)], problem.unembedding
-    unit = _unit(factor, x, weight)
+    grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor
+    unit = _unit(grown, x, weight)
     factor = factor / unit
     left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
     scale = torch.ones_like(factor) if left is None else left

@@ -2,9 +2,8 @@
 
 What is computed is in ``slabs.py``; here is only how. What was measured on a CPU:
 
-* Few rows against a whole vocabulary pay for reading all of the unembedding before they begin. With
-  AVX-512, 512 rows in float32 take a tenth less by slices of it that stay in the cache; with AVX2, 460
-  rows take 7 % more by slices, and half a percent to 4 % by larger ones.
+* Few rows against a whole vocabulary pay for reading all of the unembedding before they begin: by
+  slices of it that stay in the cache, 512 rows in float32 take a tenth less.
 * A number of rows that is no multiple of 4 makes bfloat16 products up to a quarter slower.
 """
 
@@ -67,7 +66,7 @@ def move_up(slab: Tensor, rows: Tensor, most_bytes: int, scratch: Tensor) -> Non
 def logits_of(x: Tensor, unembedding: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = x @ unembedding.T + bias``."""
     step = len(unembedding)
-    if len(x) <= _FEW_ROWS and not x.is_cuda and _gains_by_slices():
+    if len(x) <= _FEW_ROWS and not x.is_cuda:
         step = max(256, _SLICE_BYTES // max(1, unembedding.shape[1] * unembedding.itemsize))
     for part in parts(len(unembedding), step):
         weight = unembedding[part].T
@@ -75,10 +74,6 @@ def logits_of(x: Tensor, unembedding: Tensor, bias: Tensor | None, out: Tensor) 
             torch.mm(x, weight, out=out[:, part])
         else:
             torch.addmm(bias[part], x, weight, out=out[:, part])
-
-
-def _gains_by_slices() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def scratch_cells(a: Tensor, total: torch.dtype, most_bytes: int) -> int:

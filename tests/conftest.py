@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=25, **_COMMON)
 # Derandomised, so that a red run on one commit is red for everybody.
-settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
+settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=2000, **_COMMON)
 # For `python -m tests.mutation`: a mutant is to be noticed, not understood, so nothing is shrunk.
 _HUNT = (Phase.explicit, Phase.generate)

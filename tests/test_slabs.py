@@ -386,6 +386,22 @@ def test_without_room_for_wide_sums_rows_are_found_and_cost_the_same(every_row: 
     assert cost == 2 * vocab * DIM * (int(counted.sum()) + 3 * int((factor != 0).sum()))
 
 
+@pytest.mark.parametrize(("rows", "products"), [(16, 3), (32, 4)])
+def test_without_room_for_wide_sums_a_single_slab_is_not_made_twice(
+    rows: int, products: int
+) -> None:
+    vocab, dim = 600, 2 * DIM
+    x, unembedding = normal(0, rows, dim).bfloat16(), normal(1, vocab, dim).bfloat16()
+    # Sixteen rows and their scratch.
+    asked = problem(x, unembedding, integers(2, vocab, rows), slab_bytes=18 * 2 * vocab)
+    needs = [True, True, False]
+    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.bfloat16
+    cost = operations(
+        lambda: forward_backward_rows(asked, torch.ones(rows), NOT_LOCAL, False, False, needs)
+    )
+    assert cost == 2 * vocab * dim * rows * products
+
+
 def test_a_budget_beyond_the_cache_is_cut() -> None:
     rows, vocab = 2100, 8200
     asked = problem(

@@ -17,6 +17,8 @@ _STEP = "step = max(1, min(most, len(narrow) // max(1, columns)))"
 _ON_GPU = "Only on a GPU; the kernels' own tests call them directly, in Triton's interpreter."
 _UNREAD = "Made, and not looked at."
 _THRESHOLD = "Two ways to the same number; where the better one takes over is not sharp."
+_BEST = "best = chosen.new_empty(rows if with_best else 0)"
+_LEFT = "_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**100"
 _LEAST = "return logits.new_empty(least, dtype=wide)"
 _TILE_ROWS = (
     "step = max(1, min(rows, min(most_bytes, _TILE_BYTES) // max(1, columns * wide.itemsize)))"
@@ -447,6 +449,20 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 3**20"): _SPEED,
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 2**21"): _SPEED,
     ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
+    ("slab_softmax", "_PROBABLE = math.exp(-8.0)", "_PROBABLE = math.exp(-9.0)"): _THRESHOLD,
+    ("slab_softmax", "_MOST_LOG_SUM = 32.0", "_MOST_LOG_SUM = 33.0"): _THRESHOLD,
+    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 3.0**-100, 2.0**100"): _THRESHOLD,
+    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-101, 2.0**100"): _THRESHOLD,
+    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**101"): _THRESHOLD,
+    ("slabs", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
+    (
+        "slabs",
+        "return len(problem.target) <= _MOST_GUESSES * _most_rows(problem, needs)",
+        "return len(problem.target) < _MOST_GUESSES * _most_rows(problem, needs)",
+    ): _THRESHOLD,
+    ("slab_softmax", "_MOST_GROWTH = 2.0", "_MOST_GROWTH = 3.0"): _THRESHOLD,
+    ("slab_softmax", _BEST, _BEST.replace("with_best", "(with_best) or True")): _UNREAD,
+    ("slab_softmax", _BEST, _BEST.replace("else 0", "else 1")): _UNREAD,
     (
         "slab_softmax",
         "def scratch_for(logits: Tensor, most_bytes: int, least: int = 0) -> Tensor:",

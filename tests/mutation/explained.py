@@ -455,6 +455,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-101, 2.0**100"): _THRESHOLD,
     ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**101"): _THRESHOLD,
     ("slabs", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
+    ("slabs", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
+    ("slabs", "_NEAR = 8", "_NEAR = 9"): _THRESHOLD,
+    (
+        "slab_softmax",
+        "total = chosen.new_empty(rows if with_sum else 0)",
+        "total = chosen.new_empty(rows if (with_sum) or True else 0)",
+    ): _UNREAD,
     (
         "slabs",
         "return len(problem.target) <= _MOST_GUESSES * _most_rows(problem, needs)",

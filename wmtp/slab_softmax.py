@@ -135,7 +135,7 @@ def gradient_over_rows(
             logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct
         )
         rows = Rows(*seen)
-        return rows, at_target, _shrunk(logits, z_loss, rows.base + rows.log_sum)
+        return rows, at_target, _shrunk(logits, z_loss, rows)
     vocab, kind = logits.shape[1], weighting.kind
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
@@ -187,11 +187,12 @@ def gradient_over_rows(
     at_target = _gradient_at_target(
         p_target, p_others, chosen, lse, label_smoothing, z_loss, softcap, vocab
     )
+    rows = Rows(loss, ce, base, log_sum, correct, weight)
     if divided:
-        left = _shrunk(logits, z_loss, lse)
+        left = _shrunk(logits, z_loss, rows)
     else:
         left = growth(z_loss, lse) / whole if z_loss else 1 / whole
-    return Rows(loss, ce, base, log_sum, correct, weight), at_target, left
+    return rows, at_target, left
 
 
 def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
@@ -316,11 +317,11 @@ def growth(z_loss: float, lse: Tensor) -> Tensor:
     return 1 + 2 * z_loss * lse
 
 
-def _shrunk(slab: Tensor, z_loss: float, lse: Tensor) -> Tensor | None:
+def _shrunk(slab: Tensor, z_loss: float, rows: Rows) -> Tensor | None:
     """Powers of two that float16 rows are divided by where z-loss has made them large, if it has."""
     if slab.dtype != torch.float16 or not z_loss:
         return None
-    grown = growth(z_loss, lse).abs()
+    grown = growth(z_loss, rows.base + rows.log_sum).abs()
     if not bool((grown > _MOST_GROWTH).any()):
         return None
     left = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))

@@ -26,6 +26,7 @@ from torch import Tensor
 from wmtp.problem import RowLocal, Rows, wide_dtype
 
 
+_LOG2_E = math.log2(math.e)
 # Tiles of this size are still in the cache when the next operation comes to them.
 _TILE_BYTES = 4 * 2**20
 # A target as probable as this tells the log-sum-exp of a slab of vocabulary.
@@ -99,10 +100,10 @@ def reduce_columns(
             best[tile], best_at[tile] = _first_max(z)
         if with_sum:
             torch.sum(z, 1, out=total[tile])
-        torch.sum(torch.exp(z, out=out), 1, out=whole[tile])
+        torch.sum(_exp(z, out, logits.dtype), 1, out=whole[tile])
         if not _ordinary(whole[tile]):
             shift[tile] = _shifted(logits[tile], softcap, scratch)
-            torch.sum(out.exp_(), 1, out=whole[tile])
+            torch.sum(_exp(out, out, logits.dtype), 1, out=whole[tile])
         own[tile] = _at(out, column[tile])
     # A number near to the log-sum-exp, and how far it is from there: log Σ, but for the rounding of log.
     log = torch.where(whole > 0, whole.log(), 0)
@@ -140,7 +141,8 @@ def gradient_over_rows(
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
     chosen = _capped(_at(logits, wanted).to(scratch.dtype), softcap)
-    own, others, shift = chosen.exp(), torch.empty_like(chosen), torch.zeros_like(chosen)
+    own, others = _exp(chosen, torch.empty_like(chosen), logits.dtype), torch.empty_like(chosen)
+    shift = torch.zeros_like(chosen)
     mean, score = torch.empty_like(chosen), torch.empty_like(chosen)
     correct = torch.zeros_like(wanted, dtype=torch.bool)
     for tile in _tiles(logits, scratch):
@@ -151,11 +153,11 @@ def gradient_over_rows(
         if label_smoothing:
             torch.mean(z, 1, out=mean[tile])
         # The others are summed by themselves: what a probable target leaves of 1 would be its rounding.
-        torch.sum(torch.exp(z, out=out).scatter_(1, index, 0.0), 1, out=others[tile])
+        torch.sum(_exp(z, out, logits.dtype).scatter_(1, index, 0.0), 1, out=others[tile])
         if not _ordinary(own[tile] + others[tile]):
             shift[tile] = largest = _shifted(slab, softcap, scratch)
-            torch.exp(chosen[tile] - largest, out=own[tile])
-            torch.sum(out.exp_().scatter_(1, index, 0.0), 1, out=others[tile])
+            _exp(chosen[tile] - largest, own[tile], logits.dtype)
+            torch.sum(_exp(out, out, logits.dtype).scatter_(1, index, 0.0), 1, out=others[tile])
         if divided:
             whole = own[tile] + others[tile]
             out.mul_((1 / whole).unsqueeze(1))
@@ -270,10 +272,10 @@ def gradient_over_columns(
         slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
         if is_left:
-            p = torch.exp(z, out=slab if z is slab else out)
+            p = _exp(z, slab if z is slab else out, logits.dtype)
         else:
             p = torch.sub(z, base[tile].unsqueeze(1), out=out)
-            p.sub_(log_sum[tile].unsqueeze(1)).exp_()
+            _exp(p.sub_(log_sum[tile].unsqueeze(1)), p, logits.dtype)
             if z_loss:
                 p.mul_(growth(z_loss, lse[tile]).unsqueeze(1))
             if label_smoothing:
@@ -344,6 +346,16 @@ def _score(kind: str, p: Tensor, p_target: Tensor, p_others: Tensor) -> Tensor:
         # Not as lse − Σ p z, whose terms are as large as the logits.
         return -(torch.xlogy(p, p).sum(1) + torch.xlogy(p_target, p_target))
     return (_dot(p, p) + p_others.square()).sqrt()
+
+
+def _exp(z: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """``out = exp(z)``, for logits that were of that dtype before they were widened.
+
+    On AMD's CPUs ``exp2`` takes a third of the time of ``exp``, which calls MKL. The product with
+    ``log2 e`` is rounded in the wide dtype: next to nothing beside the rounding of narrow logits, but as
+    much as that of wide ones, which take the slower way.
+    """
+    return torch.exp(z, out=out) if dtype == z.dtype else torch.mul(z, _LOG2_E, out=out).exp2_()
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

@@ -8,7 +8,8 @@ Every contender computes the loss and its gradients on the same inputs in one pr
 the table gives medians. *Floor* is the three matrix products over all rows that nobody can avoid,
 each at the best of several tilings, whatever the case. Before anything is timed, each contender's
 loss and gradients are compared with float64; a wrong answer is shown as wrong. Memory is the peak
-resident size of a process of its own beyond its inputs, and so includes the gradients. wmtp, the
+resident size of a process of its own beyond its inputs, and so includes the gradients. With
+``--keep-memory`` the allocator keeps what a step frees, for times without page faults. wmtp, the
 dense loss and torch's chunked one are timed in every case, other peers in ``--peer-cases``.
 """
 
@@ -28,7 +29,9 @@ from measure import (
     floor_jobs,
     floor_of,
     interleaved,
+    keep_memory,
     medians,
+    memory_is_kept,
     resident_peak,
     versions,
     write_csv,
@@ -111,7 +114,8 @@ def one(options: argparse.Namespace, sizes: Sizes) -> None:
 def describe(sizes: Sizes, dtype: str, threads: int) -> Row:
     """The columns that say what was measured, where, and with what."""
     installed = {**versions(PACKAGES), "wmtp": wmtp.__version__}
-    place = {"chip": chip(), "threads": threads, "dtype": dtype}
+    memory = "kept" if memory_is_kept() else "given back"
+    place = {"chip": chip(), "threads": threads, "freed memory": memory, "dtype": dtype}
     return {**installed, **place, "predictions": sizes.predictions, **sizes._asdict()}
 
 
@@ -217,11 +221,14 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=ON_CPU, default=ON_CPU)
     parser.add_argument("--csv", type=Path, help="where to write the table")
     parser.add_argument("--sweep", action="store_true", help="against V, N and heads instead")
+    parser.add_argument("--keep-memory", action="store_true", help="between steps (glibc only)")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-times", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.keep_memory:
+        keep_memory()
     torch.set_num_threads(options.threads)
     sizes = Sizes(*(getattr(options, name) for name in Sizes._fields))
     if options.one:

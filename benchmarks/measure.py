@@ -3,8 +3,10 @@
 import csv
 import ctypes
 import gc
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -42,6 +44,25 @@ def chip(device: torch.device | str = "cpu") -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+# glibc gives large blocks back to the kernel when they are freed, unless these say otherwise.
+_KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**36), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+
+
+def memory_is_kept() -> bool:
+    """Whether this process was started by ``keep_memory``."""
+    return all(os.environ.get(name) == value for name, value in _KEPT_MEMORY.items())
+
+
+def keep_memory() -> None:
+    """Begin this process anew with an allocator that keeps freed memory for the next step.
+
+    Otherwise whatever a step allocates is asked of the kernel again, page by page, in the next: on a
+    virtual machine that can take longer than the step. jemalloc and tcmalloc keep memory too.
+    """
+    if not memory_is_kept():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT_MEMORY})
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.strategies import integers, mask, normal, uniform
-from wmtp import linear_weighted_mtp_loss
+from wmtp import linear_weighted_mtp_loss, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal
 from wmtp.slabs import (
     backward_columns,
@@ -277,6 +277,58 @@ def test_logits_far_apart_give_exact_losses_and_gradients(
         torch.testing.assert_close(told, lse.detach(), rtol=1e-6, atol=2e-6)
     for made in (known, later):
         torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
+
+
+def test_a_scaled_sum_rounds_once() -> None:
+    """What float32's exponentials rely on, for whole vectors and for what is left of a row."""
+    bits, z = 30 * normal(0, 40, 1).float(), 20 * normal(1, 40, 45).float()
+    found = torch.add(-bits, z, alpha=1.4426950408889634)
+    scale = torch.tensor(1.4426950408889634).double()
+    assert torch.equal(found, (scale * z.double() - bits.double()).float())
+
+
+@pytest.mark.parametrize("shift", [0, 100, -100, 3000, -3000, 4095, 5000, -(2**17)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("slab_rows", [3, 100])
+def test_a_shift_of_all_logits_shifts_their_log_sum_exp_alone(
+    shift: int, z_loss: float, slab_rows: int
+) -> None:
+    rows, vocab = 40, 300
+    # Multiples of 1/64: every logit is exact, and so is what the shift leaves of it.
+    x, unembedding = torch.eye(rows), integers(0, 640, vocab, rows).float() / 64 - 5
+    target, factor = integers(1, vocab, rows), uniform(2, rows).float()
+    asked = problem(x, unembedding, target, slab_bytes=slab_rows * vocab * 4)
+    asked = asked._replace(bias=torch.full((vocab,), float(shift)), z_loss=z_loss)
+    exact = unembedding.double().requires_grad_()
+    logits = exact.T + shift
+    ce, lse = F.cross_entropy(logits, target, reduction="none"), logits.logsumexp(1)
+    loss = ce + z_loss * lse.square()
+    (gradient,) = torch.autograd.grad((factor.double() * loss).sum(), exact)
+    needs = [False, True, False]
+    found = forward_columns(asked, False)
+    rows_found, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
+    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
+    for these in (found, rows_found):
+        torch.testing.assert_close(these.ce.double(), ce.detach(), rtol=3e-7, atol=6e-7)
+        told = these.base.double() + these.log_sum.double()
+        torch.testing.assert_close(told, lse.detach(), rtol=1e-7, atol=6e-7)
+    largest = 3e-7 * float(gradient.abs().max())
+    for made in (known, later):
+        torch.testing.assert_close(made.unembedding.double(), gradient, rtol=2e-6, atol=largest)
+
+
+@pytest.mark.parametrize("vocab", [16, 100, 300, 1000, 4096, 32768])
+@pytest.mark.parametrize("rows", [1, 100, 4096])
+@pytest.mark.parametrize("slab_bytes", [2**17, 2**20, 2**26])
+def test_rows_of_a_slab_of_vocabulary_lie_no_power_of_two_apart(
+    vocab: int, rows: int, slab_bytes: int
+) -> None:
+    asked = problem(torch.empty(rows, 1), torch.empty(vocab, 1), torch.ones(rows).long())
+    asked = asked._replace(slab_bytes=slab_bytes)
+    height, width = slabs._column_slab(asked, rows)
+    assert width == vocab or (width % 16 == 0 and width // 16 % 2)
+    assert height * width * 4 <= slab_bytes or width <= 256
+    assert 1 <= width <= vocab
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

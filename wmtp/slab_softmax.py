@@ -8,9 +8,9 @@ The gradient's entry at the target is written as 0 and given back by itself, ``a
 row's largest entry and the only one that a rank-one update, rows × dim, can add to both products in
 the wide dtype: so the target's part of a gradient is rounded once, at the end.
 
-Logits of an ordinary size are neither shifted by their largest nor divided by their sum: a slab of
-``exp(z)`` takes two passes where a softmax takes four, and what is left to multiply its rows with, the
-reciprocal of the sum, is for the caller to fold into a factor of rows × dim.
+Rows are not divided by their sum: what is left to multiply them with, its reciprocal, is for the caller
+to fold into a factor of rows × dim. Exponentials are powers of two, shifted and scaled in one operation
+that rounds once, as a shift alone does; ``torch.exp`` takes three times as long on AMD's CPUs.
 """
 
 import functools
@@ -29,16 +29,12 @@ from wmtp.problem import RowLocal, Rows, wide_dtype
 _LOG2_E = math.log2(math.e)
 # Tiles of this size are still in the cache when the next operation comes to them.
 _TILE_BYTES = 4 * 2**20
+# Logits up to this size are shifted and scaled in one operation.
+_LARGE = 4096.0
 # A target as probable as this tells the log-sum-exp of a slab of vocabulary.
 _PROBABLE = math.exp(-8.0)
 # A target tells its own row's log-sum-exp unless its probability is near to underflow.
 _TINY = math.exp(-30.0)
-# Exponentials of logits are summed as they are if the log of the sum is no further from 0: no term that
-# counts overflows or underflows then.
-_MOST_LOG_SUM = 32.0
-# The slab's rows are multiplied with what is left if that, times what a row counts, is less or more than
-# this; more also with the largest of the hidden states.
-_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**100
 # Float16 rows that z-loss multiplies with more than this are divided again: products could overflow.
 _MOST_GROWTH = 2.0
 # Row-local weights that look at every probability of a row.
@@ -49,7 +45,7 @@ class ColumnSums(NamedTuple):
     """What a slab of some columns tells of its rows, ``[rows]``; ``best`` and ``total`` on demand.
 
     Attributes:
-        base: near to the log-sum-exp; the target's logit where that is probable.
+        base: the largest logit, or the target's where that is probable.
         log_sum: the log-sum-exp of the logits less their base, −inf if all logits are.
         chosen: the target's logit, 0 where the target is not among the columns.
         best: the largest logit.
@@ -90,7 +86,7 @@ def reduce_columns(
     rows, columns = logits.shape
     inside, column = _within(wanted, columns)
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
-    whole, own, shift = (torch.zeros_like(chosen) for _ in range(3))
+    whole, own, base, rounding = (torch.zeros_like(chosen) for _ in range(4))
     best = chosen.new_empty(rows if with_best else 0)
     best_at = wanted.new_empty(rows if with_best else 0)
     total = chosen.new_empty(rows if with_sum else 0)
@@ -100,17 +96,13 @@ def reduce_columns(
             best[tile], best_at[tile] = _first_max(z)
         if with_sum:
             torch.sum(z, 1, out=total[tile])
-        torch.sum(_exp(z, out, logits.dtype), 1, out=whole[tile])
-        if not _ordinary(whole[tile]):
-            shift[tile] = _shifted(logits[tile], softcap, scratch)
-            torch.sum(_exp(out, out, logits.dtype), 1, out=whole[tile])
+        base[tile] = shift = _shift(z)
+        rounding[tile] = _exp_less(z, shift, out)
+        torch.sum(out, 1, out=whole[tile])
         own[tile] = _at(out, column[tile])
-    # A number near to the log-sum-exp, and how far it is from there: log Σ, but for the rounding of log.
-    log = torch.where(whole > 0, whole.log(), 0)
-    base = shift + log
-    # A probable target tells it without a rounding of its own: a sure one has a loss of exactly 0.
+    # A probable target tells the sum without a rounding of its own: a sure one has a loss of exactly 0.
     probable = inside & (own >= _PROBABLE * whole) & (own > 0)
-    log_sum = torch.log(whole / torch.where(probable, own, torch.exp(base - shift)))
+    log_sum = torch.where(probable, torch.log(whole / own), whole.log() - rounding)
     base = torch.where(probable, chosen, base)
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
@@ -141,8 +133,7 @@ def gradient_over_rows(
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
     chosen = _capped(_at(logits, wanted).to(scratch.dtype), softcap)
-    own, others = _exp(chosen, torch.empty_like(chosen), logits.dtype), torch.empty_like(chosen)
-    shift = torch.zeros_like(chosen)
+    own, others, shift, rounding = (torch.empty_like(chosen) for _ in range(4))
     mean, score = torch.empty_like(chosen), torch.empty_like(chosen)
     correct = torch.zeros_like(wanted, dtype=torch.bool)
     for tile in _tiles(logits, scratch):
@@ -152,12 +143,11 @@ def gradient_over_rows(
             correct[tile] = _first_max(z)[1] == wanted[tile]
         if label_smoothing:
             torch.mean(z, 1, out=mean[tile])
+        shift[tile] = largest = _shift(z)
+        rounding[tile] = _exp_less(z, largest, out)
+        own[tile] = _at(out, wanted[tile])
         # The others are summed by themselves: what a probable target leaves of 1 would be its rounding.
-        torch.sum(_exp(z, out, logits.dtype).scatter_(1, index, 0.0), 1, out=others[tile])
-        if not _ordinary(own[tile] + others[tile]):
-            shift[tile] = largest = _shifted(slab, softcap, scratch)
-            _exp(chosen[tile] - largest, own[tile], logits.dtype)
-            torch.sum(_exp(out, out, logits.dtype).scatter_(1, index, 0.0), 1, out=others[tile])
+        torch.sum(out.scatter_(1, index, 0.0), 1, out=others[tile])
         if divided:
             whole = own[tile] + others[tile]
             out.mul_((1 / whole).unsqueeze(1))
@@ -174,7 +164,7 @@ def gradient_over_rows(
     # The target is a logit of its row that tells the sum, −log p less, unless it is near to nothing.
     tiny = p_target < _TINY
     base = torch.where(tiny, shift, chosen)
-    log_sum = torch.where(tiny, whole.log(), torch.log1p(others / own))
+    log_sum = torch.where(tiny, whole.log() - rounding, torch.log1p(others / own))
     lse = base + log_sum
     loss = ce = (base - chosen) + log_sum
     if label_smoothing:
@@ -197,27 +187,6 @@ def gradient_over_rows(
     return rows, at_target, left
 
 
-def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
-    """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
-    if left is None:
-        return None
-    largest = _largest(x)
-    if all(_fits(factor, factor * left, largest) for factor in factors):
-        return left
-    slab.mul_(left.unsqueeze(1))
-    return None
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().amax()) if x.numel() else 0.0
-
-
-def _fits(factor: Tensor, left: Tensor, largest: float) -> bool:
-    """Whether what is left of rows that count ``factor`` is in range, also times a largest operand."""
-    in_range = (left.abs() >= _LEAST_LEFT) & (left.abs() * (1 + largest) <= _MOST_LEFT)
-    return bool((in_range | (factor == 0)).all())
-
-
 def left_over_columns(
     x: Tensor,
     base: Tensor,
@@ -228,17 +197,13 @@ def left_over_columns(
 ) -> Tensor | None:
     """What the rows that ``gradient_over_columns`` makes are to be multiplied with, whatever the columns.
 
-    ``None``, if that is 1, because the slab's rows are multiplied with it already: by a kernel, or
-    where exponentials of logits as they are would not do.
+    ``None`` if that is 1, because the slab's rows are multiplied with it already: by a kernel, or where
+    they are added to, or products could overflow, or exponentials are not scaled.
     """
-    if _kernels(x) is not None or x.dtype == torch.float16 or label_smoothing:
+    if _kernels(x) is not None or x.dtype == torch.float16 or label_smoothing or not _scales(base):
         return None
-    lse = base + log_sum
-    left = factor * torch.exp(-base) * torch.exp(-log_sum)
-    if z_loss:
-        left = left * growth(z_loss, lse)
-    ordinary = bool((lse.abs() <= _MOST_LOG_SUM).all())
-    return left if ordinary and _fits(factor, left, _largest(x)) else None
+    left = factor * torch.exp(-_rounding(base, log_sum))
+    return left * growth(z_loss, base + log_sum) if z_loss else left
 
 
 def gradient_over_columns(
@@ -265,17 +230,17 @@ def gradient_over_columns(
         return kernels.gradient_over_columns(
             logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab
         )
-    lse = base + log_sum
+    lse, bits = base + log_sum, _bits(base, log_sum)
     inside, column = _within(wanted, logits.shape[1])
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
     for tile in _tiles(logits, scratch):
         slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
         if is_left:
-            p = _exp(z, slab if z is slab else out, logits.dtype)
+            p = _exp2_less(z, bits[tile], slab if z is slab else out)
         else:
             p = torch.sub(z, base[tile].unsqueeze(1), out=out)
-            _exp(p.sub_(log_sum[tile].unsqueeze(1)), p, logits.dtype)
+            p.sub_(log_sum[tile].unsqueeze(1)).exp_()
             if z_loss:
                 p.mul_(growth(z_loss, lse[tile]).unsqueeze(1))
             if label_smoothing:
@@ -348,14 +313,41 @@ def _score(kind: str, p: Tensor, p_target: Tensor, p_others: Tensor) -> Tensor:
     return (_dot(p, p) + p_others.square()).sqrt()
 
 
-def _exp(z: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """``out = exp(z)``, for logits that were of that dtype before they were widened.
+def _shift(z: Tensor) -> Tensor:
+    """Each row's largest logit, 0 if that is −inf."""
+    largest = z.amax(1)
+    return torch.where(largest == -torch.inf, 0, largest)
 
-    On AMD's CPUs ``exp2`` takes a third of the time of ``exp``, which calls MKL. The product with
-    ``log2 e`` is rounded in the wide dtype: next to nothing beside the rounding of narrow logits, but as
-    much as that of wide ones, which take the slower way.
-    """
-    return torch.exp(z, out=out) if dtype == z.dtype else torch.mul(z, _LOG2_E, out=out).exp2_()
+
+def _scales(base: Tensor) -> bool:
+    """Whether exponentials are made as scaled powers of two. Of float64 the last bit is wanted."""
+    return base.dtype != torch.float64 and bool((base.abs() <= _LARGE).all())
+
+
+def _bits(base: Tensor, log_sum: Tensor | None = None) -> Tensor:
+    """``(base + log_sum) · log2 e``, rounded."""
+    bits = base * _LOG2_E
+    return bits if log_sum is None else torch.add(bits, log_sum, alpha=_LOG2_E)
+
+
+def _rounding(base: Tensor, log_sum: Tensor | None = None) -> Tensor:
+    """What ``_bits`` has rounded away, in nats."""
+    rest = torch.add(-_bits(base, log_sum), base, alpha=_LOG2_E)
+    return (rest if log_sum is None else torch.add(rest, log_sum, alpha=_LOG2_E)) / _LOG2_E
+
+
+def _exp2_less(z: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """``out = 2 ** (z · log2 e − bits)``: the scaled sum is a fused operation that rounds once."""
+    return torch.add(-bits.unsqueeze(1), z, alpha=_LOG2_E, out=out).exp2_()
+
+
+def _exp_less(z: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """``out = exp(z − base)``, but for a factor of each row, whose logarithm is given."""
+    if _scales(base):
+        _exp2_less(z, _bits(base), out)
+        return _rounding(base)
+    torch.sub(z, base.unsqueeze(1), out=out).exp_()
+    return torch.zeros_like(base)
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
@@ -368,21 +360,6 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     if softcap or slab.dtype != out.dtype:
         return _capped(out.copy_(slab), softcap), out
     return slab, out
-
-
-def _shifted(slab: Tensor, softcap: float, scratch: Tensor) -> Tensor:
-    """Each row's largest logit, 0 if that is −inf; the scratch becomes the logits less that."""
-    z, out = _widened(slab, softcap, scratch)
-    largest = z.amax(1)
-    largest = torch.where(largest == -torch.inf, 0, largest)
-    torch.sub(z, largest.unsqueeze(1), out=out)
-    return largest
-
-
-def _ordinary(whole: Tensor) -> bool:
-    """Whether sums of exponentials are such as ``_MOST_LOG_SUM`` says; not if one is NaN."""
-    low, high = torch.aminmax(whole)
-    return math.exp(-_MOST_LOG_SUM) <= float(low) and float(high) <= math.exp(_MOST_LOG_SUM)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

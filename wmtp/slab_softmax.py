@@ -10,7 +10,7 @@ the wide dtype: so the target's part of a gradient is rounded once, at the end.
 
 Rows are not divided by their sum: what is left to multiply them with, its reciprocal, is for the caller
 to fold into a factor of rows × dim. Exponentials are powers of two, shifted and scaled in one operation
-that rounds once, as a shift alone does; ``torch.exp`` takes three times as long on AMD's CPUs.
+that rounds once, as a shift alone does; ``torch.exp`` took three times as long on an AMD CPU (Zen 4).
 """
 
 import functools

@@ -11,14 +11,12 @@ _ROOM = "The scratch has room for more than one row."
 _SHAPE_CHECKED = "The loss checks the shape of its weights itself, in `_align_weights`."
 _PARTS = "_PART_ROWS, _MIN_PART_ROWS = 1024, 64"
 _CELLS = "return max(least, most_bytes // total.itemsize) if a.is_cuda else least"
-_MOST = "most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)"
-_WIDE_ROWS = "rows = max(1, min(together, len(scratch) // max(1, columns * 2)))"
-_STEP = "step = max(1, min(most, len(narrow) // max(1, columns)))"
+_MOST = "most = len(a) if a.is_cuda else _PART_ROWS"
+_PRODUCTS = "for part in parts(len(a), min(most, len(narrow) // max(1, columns))):"
 _ON_GPU = "Only on a GPU; the kernels' own tests call them directly, in Triton's interpreter."
 _UNREAD = "Made, and not looked at."
 _THRESHOLD = "Two ways to the same number; where the better one takes over is not sharp."
 _BEST = "best = chosen.new_empty(rows if with_best else 0)"
-_LEFT = "_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**100"
 _LEAST = "return logits.new_empty(least, dtype=wide)"
 _TILE_ROWS = (
     "step = max(1, min(rows, min(most_bytes, _TILE_BYTES) // max(1, columns * wide.itemsize)))"
@@ -344,19 +342,17 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("row_local", _KIND, _KIND.replace('"entropy"', '"XXentropyXX"')): _NOT_RUN,
     ("row_local", _KIND, _KIND.replace('"el2n"', '"XXel2nXX"')): _NOT_RUN,
     ("products", "_FEW_ROWS = 1024", "_FEW_ROWS = 1025"): _SPEED,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
+    ("products", _PRODUCTS, _PRODUCTS.replace("max(1, columns", "max(2, columns")): _ROOM,
+    ("slab_softmax", "_LARGE = 4096.0", "_LARGE = 4097.0"): _THRESHOLD,
     ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1025, 64"): _SPEED,
     ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1024, 65"): _SPEED,
-    ("products", "_WIDENED_ROWS = 512", "_WIDENED_ROWS = 513"): _SPEED,
     (
         "products",
         "step = max(256, _SLICE_BYTES // max(1, unembedding.shape[1] * unembedding.itemsize))",
         "step = max(256, _SLICE_BYTES // max(2, unembedding.shape[1] * unembedding.itemsize))",
     ): "A row of the unembedding has two bytes, or none: only a quotient by 0 is to be avoided.",
-    (
-        "products",
-        "least = 2 * _MIN_PART_ROWS * a.shape[1]",
-        "least = 3 * _MIN_PART_ROWS * a.shape[1]",
-    ): _SPEED,
     (
         "products",
         _CELLS,
@@ -373,13 +369,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         _CELLS.replace("max(least, most_bytes // total.itemsize)", "max(least, )"),
     ): (_GPU),
     ("products", _CELLS, _CELLS.replace("//", "/")): _GPU,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, min", "max(2, min")): _ROOM,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, columns", "max(2, columns")): _ROOM,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("columns * 2", "columns * 3")): _SPEED,
-    ("products", _STEP, _STEP.replace("max(1, min", "max(2, min")): _ROOM,
-    ("products", _STEP, _STEP.replace("max(1, columns", "max(2, columns")): _ROOM,
     ("loss", 'Float[Tensor, "batch seq"]', 'Float[Tensor, "XXbatch seqXX"]'): _SHAPE_CHECKED,
     (
         "loss",
@@ -440,7 +429,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slabs", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
     ("slabs", "_BLOCK_ROWS = 4096", "_BLOCK_ROWS = 4097"): _SPEED,
     ("slabs", "_MIN_COLUMNS = 256", "_MIN_COLUMNS = 257"): _SPEED,
-    ("slabs", "_ALIGNED_COLUMNS = 64", "_ALIGNED_COLUMNS = 65"): _SPEED,
     (
         "slabs",
         "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)",
@@ -450,10 +438,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 2**21"): _SPEED,
     ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
     ("slab_softmax", "_PROBABLE = math.exp(-8.0)", "_PROBABLE = math.exp(-9.0)"): _THRESHOLD,
-    ("slab_softmax", "_MOST_LOG_SUM = 32.0", "_MOST_LOG_SUM = 33.0"): _THRESHOLD,
-    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 3.0**-100, 2.0**100"): _THRESHOLD,
-    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-101, 2.0**100"): _THRESHOLD,
-    ("slab_softmax", _LEFT, "_LEAST_LEFT, _MOST_LEFT = 2.0**-100, 2.0**101"): _THRESHOLD,
     ("slabs", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
     ("slabs", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
     ("slabs", "_NEAR = 8", "_NEAR = 9"): _THRESHOLD,
@@ -644,13 +628,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "slabs",
         "most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))",
         "most = max(cells // max(filled_up(rows, cells), 2), min(_MIN_COLUMNS, budget))",
-    ): _CUT,
-    ("slabs", "if most >= _ALIGNED_COLUMNS:", "if most > _ALIGNED_COLUMNS:"): _CUT,
-    ("slabs", "most -= most % _ALIGNED_COLUMNS", "most += most % _ALIGNED_COLUMNS"): _CUT,
-    (
-        "slabs",
-        "columns = min(problem.vocab, even + -even % _ALIGNED_COLUMNS)",
-        "columns = min(problem.vocab, even + +even % _ALIGNED_COLUMNS)",
     ): _CUT,
     (
         "problem",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.strategies import integers, mask, normal, uniform
-from wmtp import linear_weighted_mtp_loss, slabs
+from wmtp import linear_weighted_mtp_loss, slab_softmax, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal
 from wmtp.slabs import (
     backward_columns,
@@ -279,20 +279,23 @@ def test_logits_far_apart_give_exact_losses_and_gradients(
         torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
 
 
-def test_a_scaled_sum_rounds_once() -> None:
-    """What float32's exponentials rely on, for whole vectors and for what is left of a row."""
+def test_a_scaled_sum_rounds_once_where_that_is_relied_on() -> None:
     bits, z = 30 * normal(0, 40, 1).float(), 20 * normal(1, 40, 45).float()
     found = torch.add(-bits, z, alpha=1.4426950408889634)
     scale = torch.tensor(1.4426950408889634).double()
-    assert torch.equal(found, (scale * z.double() - bits.double()).float())
+    exact = (scale * z.double() - bits.double()).float()
+    assert slab_softmax._rounds_once(z.device) == torch.equal(found, exact)
 
 
 @pytest.mark.parametrize("shift", [0, 100, -100, 3000, -3000, 4095, 5000, -(2**17)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
 @pytest.mark.parametrize("slab_rows", [3, 100])
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_shift_of_all_logits_shifts_their_log_sum_exp_alone(
-    shift: int, z_loss: float, slab_rows: int
+    shift: int, z_loss: float, slab_rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not fused:
+        monkeypatch.setattr(slab_softmax, "_rounds_once", lambda _: False)
     rows, vocab = 40, 300
     # Multiples of 1/64: every logit is exact, and so is what the shift leaves of it.
     x, unembedding = torch.eye(rows), integers(0, 640, vocab, rows).float() / 64 - 5
@@ -315,6 +318,27 @@ def test_a_shift_of_all_logits_shifts_their_log_sum_exp_alone(
     largest = 3e-7 * float(gradient.abs().max())
     for made in (known, later):
         torch.testing.assert_close(made.unembedding.double(), gradient, rtol=2e-6, atol=largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_large_hidden_states_of_rows_that_count_much_do_not_overflow(
+    dtype: torch.dtype, softcap: float
+) -> None:
+    # The others have e^-60 of the probability, or a saturated softcap no slope.
+    x = torch.full((2, 1), 1e20).to(dtype)
+    unembedding = torch.tensor([[1.0], [-1.0], [1.0]] if softcap else [[0.0]] * 3).to(dtype)
+    asked = problem(x, unembedding, torch.zeros(2).long(), softcap=softcap)
+    if not softcap:
+        asked = asked._replace(bias=torch.tensor([60.0, 0.0, 0.0]).to(dtype))
+    factor, needs = torch.full((2,), 1e20), [False, True, False]
+    found = forward_columns(asked, False)
+    made = backward_columns(asked, factor, found.base, found.log_sum, needs).unembedding
+    other = 0.0 if softcap else 2 * math.exp(-60) * 1e40
+    assert bool(made.isfinite().all())
+    torch.testing.assert_close(
+        made[1:, 0].double(), torch.tensor([other] * 2).double(), rtol=0.02, atol=0
+    )
 
 
 @pytest.mark.parametrize("vocab", [16, 100, 300, 1000, 4096, 32768])

@@ -18,6 +18,8 @@ _FEW_ROWS = 1024
 _SLICE_BYTES = 2 * 2**20
 # Where a product is cut for memory: the most rows, and the fewest that make it worthwhile.
 _PART_ROWS, _MIN_PART_ROWS = 1024, 64
+# How many rows of a narrow product are widened at a time: they are still in the cache when added.
+_WIDENED_ROWS = 512
 # Blocks of rows are filled up to a multiple of this.
 _ROW_MULTIPLE = 16
 
@@ -81,7 +83,7 @@ def scratch_cells(a: Tensor, total: torch.dtype, most_bytes: int) -> int:
     """
     if total == a.dtype:
         return 0
-    least = _MIN_PART_ROWS * a.shape[1]
+    least = 2 * _MIN_PART_ROWS * a.shape[1]
     return max(least, most_bytes // total.itemsize) if a.is_cuda else least
 
 
@@ -96,15 +98,23 @@ def add_product(
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
-    columns, narrow = b.shape[1], scratch.view(a.dtype)
+    columns = b.shape[1]
     # oneDNN copies what is transposed, and a cache is small; to a GPU only the scratch is a bound.
-    most = len(a) if a.is_cuda else _PART_ROWS
-    for part in parts(len(a), min(most, len(narrow) // max(1, columns))):
-        into = total[part]
-        product = torch.mm(a[part], b, out=narrow[: into.numel()].view(into.shape))
-        if not fresh:
-            into.add_(product) if unit is None else into.addcmul_(product, unit)
-            continue
-        into.copy_(product)
-        if unit is not None:
-            into.mul_(unit)
+    most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)
+    rows = max(1, min(together, len(scratch) // max(1, columns * 2)))
+    wide, rest = scratch[: rows * columns].view(rows, columns), scratch[rows * columns :]
+    narrow = rest.view(a.dtype)
+    step = max(1, min(most, len(narrow) // max(1, columns)))
+    for part in parts(len(a), step):
+        size = part.stop - part.start
+        product = narrow[: size * columns].view(size, columns)
+        torch.mm(a[part], b, out=product)
+        for some in parts(len(product), rows):
+            into = total[part][some]
+            if fresh and unit is None:
+                into.copy_(product[some])
+                continue
+            widened = wide[: len(into)].copy_(product[some])
+            if unit is not None:
+                widened.mul_(unit)
+            into.copy_(widened) if fresh else into.add_(widened)

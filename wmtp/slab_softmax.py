@@ -31,6 +31,9 @@ _LOG2_E = math.log2(math.e)
 _TILE_BYTES = 4 * 2**20
 # Logits up to this size are shifted and scaled in one operation.
 _LARGE = 4096.0
+# The slab's rows are multiplied with what is left if that, times what a row counts and the largest of the
+# hidden states, is more than this.
+_MOST_LEFT = 2.0**100
 # A target as probable as this tells the log-sum-exp of a slab of vocabulary.
 _PROBABLE = math.exp(-8.0)
 # A target tells its own row's log-sum-exp unless its probability is near to underflow.
@@ -187,6 +190,20 @@ def gradient_over_rows(
     return rows, at_target, left
 
 
+def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
+    """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
+    if left is None or all(_fits(factor * left, x) for factor in factors):
+        return left
+    slab.mul_(left.unsqueeze(1))
+    return None
+
+
+def _fits(factor: Tensor, x: Tensor) -> bool:
+    """Whether rows that are multiplied with these factors stay in range."""
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    return bool((factor.abs() * (1 + largest) <= _MOST_LEFT).all())
+
+
 def left_over_columns(
     x: Tensor,
     base: Tensor,
@@ -198,12 +215,14 @@ def left_over_columns(
     """What the rows that ``gradient_over_columns`` makes are to be multiplied with, whatever the columns.
 
     ``None`` if that is 1, because the slab's rows are multiplied with it already: by a kernel, or where
-    they are added to, or products could overflow, or exponentials are not scaled.
+    they are added to, or ``x`` or a product could overflow, or exponentials are not scaled.
     """
     if _kernels(x) is not None or x.dtype == torch.float16 or label_smoothing or not _scales(base):
         return None
     left = factor * torch.exp(-_rounding(base, log_sum))
-    return left * growth(z_loss, base + log_sum) if z_loss else left
+    if z_loss:
+        left = left * growth(z_loss, base + log_sum)
+    return left if _fits(left, x) else None
 
 
 def gradient_over_columns(
@@ -321,7 +340,18 @@ def _shift(z: Tensor) -> Tensor:
 
 def _scales(base: Tensor) -> bool:
     """Whether exponentials are made as scaled powers of two. Of float64 the last bit is wanted."""
-    return base.dtype != torch.float64 and bool((base.abs() <= _LARGE).all())
+    if base.dtype == torch.float64 or not _rounds_once(base.device):
+        return False
+    return bool((base.abs() <= _LARGE).all())
+
+
+@functools.cache
+def _rounds_once(device: torch.device) -> bool:
+    """Whether a scaled sum is one fused operation there, for vectors and for what is left of a row."""
+    z = torch.arange(-38, 39, dtype=torch.float32, device="cpu") / 3
+    scale = torch.tensor(_LOG2_E, dtype=torch.float32, device="cpu").double()
+    exact = (scale * z.double() + z[:1].double()).float()
+    return torch.equal(torch.add(z[:1].to(device), z.to(device), alpha=_LOG2_E).cpu(), exact)
 
 
 def _bits(base: Tensor, log_sum: Tensor | None = None) -> Tensor:
@@ -337,7 +367,7 @@ def _rounding(base: Tensor, log_sum: Tensor | None = None) -> Tensor:
 
 
 def _exp2_less(z: Tensor, bits: Tensor, out: Tensor) -> Tensor:
-    """``out = 2 ** (z · log2 e − bits)``: the scaled sum is a fused operation that rounds once."""
+    """``out = 2 ** (z · log2 e − bits)``."""
     return torch.add(-bits.unsqueeze(1), z, alpha=_LOG2_E, out=out).exp2_()
 
 

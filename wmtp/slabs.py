@@ -41,6 +41,7 @@ from wmtp.slab_softmax import (
     left_over_columns,
     reduce_columns,
     scratch_for,
+    settled,
 )
 
 
@@ -366,6 +367,7 @@ def _add_gradients(
     rows, filled, slab, at_target, left = block
     weight, wanted = problem.unembedding, problem.target[rows]
     x, logits = filled[: len(rows)], slab[: len(rows)]
+    left = settled(left, logits, x, of_hidden, of_others)
     if into.hidden.numel():
         of_x = slab[: len(filled)] @ weight
         scale = of_hidden if left is None else of_hidden * left

@@ -11,8 +11,9 @@ _ROOM = "The scratch has room for more than one row."
 _SHAPE_CHECKED = "The loss checks the shape of its weights itself, in `_align_weights`."
 _PARTS = "_PART_ROWS, _MIN_PART_ROWS = 1024, 64"
 _CELLS = "return max(least, most_bytes // total.itemsize) if a.is_cuda else least"
-_MOST = "most = len(a) if a.is_cuda else _PART_ROWS"
-_PRODUCTS = "for part in parts(len(a), min(most, len(narrow) // max(1, columns))):"
+_MOST = "most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)"
+_WIDE_ROWS = "rows = max(1, min(together, len(scratch) // max(1, columns * 2)))"
+_STEP = "step = max(1, min(most, len(narrow) // max(1, columns)))"
 _ON_GPU = "Only on a GPU; the kernels' own tests call them directly, in Triton's interpreter."
 _UNREAD = "Made, and not looked at."
 _THRESHOLD = "Two ways to the same number; where the better one takes over is not sharp."
@@ -342,17 +343,19 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("row_local", _KIND, _KIND.replace('"entropy"', '"XXentropyXX"')): _NOT_RUN,
     ("row_local", _KIND, _KIND.replace('"el2n"', '"XXel2nXX"')): _NOT_RUN,
     ("products", "_FEW_ROWS = 1024", "_FEW_ROWS = 1025"): _SPEED,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
-    ("products", _PRODUCTS, _PRODUCTS.replace("max(1, columns", "max(2, columns")): _ROOM,
-    ("slab_softmax", "_LARGE = 4096.0", "_LARGE = 4097.0"): _THRESHOLD,
     ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1025, 64"): _SPEED,
     ("products", _PARTS, "_PART_ROWS, _MIN_PART_ROWS = 1024, 65"): _SPEED,
+    ("products", "_WIDENED_ROWS = 512", "_WIDENED_ROWS = 513"): _SPEED,
     (
         "products",
         "step = max(256, _SLICE_BYTES // max(1, unembedding.shape[1] * unembedding.itemsize))",
         "step = max(256, _SLICE_BYTES // max(2, unembedding.shape[1] * unembedding.itemsize))",
     ): "A row of the unembedding has two bytes, or none: only a quotient by 0 is to be avoided.",
+    (
+        "products",
+        "least = 2 * _MIN_PART_ROWS * a.shape[1]",
+        "least = 3 * _MIN_PART_ROWS * a.shape[1]",
+    ): _SPEED,
     (
         "products",
         _CELLS,
@@ -369,6 +372,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         _CELLS.replace("max(least, most_bytes // total.itemsize)", "max(least, )"),
     ): (_GPU),
     ("products", _CELLS, _CELLS.replace("//", "/")): _GPU,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
+    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, min", "max(2, min")): _ROOM,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, columns", "max(2, columns")): _ROOM,
+    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("columns * 2", "columns * 3")): _SPEED,
+    ("products", _STEP, _STEP.replace("max(1, min", "max(2, min")): _ROOM,
+    ("products", _STEP, _STEP.replace("max(1, columns", "max(2, columns")): _ROOM,
     ("loss", 'Float[Tensor, "batch seq"]', 'Float[Tensor, "XXbatch seqXX"]'): _SHAPE_CHECKED,
     (
         "loss",
@@ -436,6 +446,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): _SPEED,
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 3**20"): _SPEED,
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 2**21"): _SPEED,
+    ("slab_softmax", "_LARGE = 4096.0", "_LARGE = 4097.0"): _THRESHOLD,
+    ("slab_softmax", "_MOST_LEFT = 2.0**100", "_MOST_LEFT = 3.0**100"): _THRESHOLD,
+    ("slab_softmax", "_MOST_LEFT = 2.0**100", "_MOST_LEFT = 2.0**101"): _THRESHOLD,
     ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
     ("slab_softmax", "_PROBABLE = math.exp(-8.0)", "_PROBABLE = math.exp(-9.0)"): _THRESHOLD,
     ("slabs", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import linear_weighted_mtp_loss, slab_softmax, slabs
-from wmtp.problem import NOT_LOCAL, Problem, RowLocal
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
 from wmtp.slabs import (
     backward_columns,
     corrected_rows,
@@ -33,6 +33,15 @@ def problem(
     x: Tensor, unembedding: Tensor, target: Tensor, *, slab_bytes: int = 2**20, softcap: float = 0.0
 ) -> Problem:
     return Problem(x, unembedding, None, target, 0.0, 0.0, softcap, slab_bytes)
+
+
+def both_ways(asked: Problem, factor: Tensor) -> tuple[tuple[Rows, Rows], tuple[Tensor, Tensor]]:
+    """What slabs of vocabulary and slabs of rows find, and their gradients for the unembedding."""
+    needs = [False, True, False]
+    found = forward_columns(asked, False)
+    rows, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
+    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
+    return (found, rows), (later.unembedding, known.unembedding)
 
 
 def operations(work: Callable[[], Any]) -> int:
@@ -267,16 +276,13 @@ def test_logits_far_apart_give_exact_losses_and_gradients(
     lse = z.logsumexp(0).expand(len(target))
     (gradient,) = torch.autograd.grad((expected * factor.double()).sum(), exact)
 
-    needs = [False, True, False]
-    found = forward_columns(asked, False)
-    rows, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
-    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
-    for these in (found, rows):
+    found, gradients = both_ways(asked, factor)
+    for these in found:
         torch.testing.assert_close(these.loss.double(), expected.detach(), rtol=1e-6, atol=2e-6)
         told = (these.base.double() + these.log_sum.double()).detach()
         torch.testing.assert_close(told, lse.detach(), rtol=1e-6, atol=2e-6)
-    for made in (known, later):
-        torch.testing.assert_close(made.unembedding[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
+    for made in gradients:
+        torch.testing.assert_close(made[:, 0].double(), gradient, rtol=3e-6, atol=3e-7)
 
 
 def test_a_scaled_sum_rounds_once_where_that_is_relied_on() -> None:
@@ -307,17 +313,14 @@ def test_a_shift_of_all_logits_shifts_their_log_sum_exp_alone(
     ce, lse = F.cross_entropy(logits, target, reduction="none"), logits.logsumexp(1)
     loss = ce + z_loss * lse.square()
     (gradient,) = torch.autograd.grad((factor.double() * loss).sum(), exact)
-    needs = [False, True, False]
-    found = forward_columns(asked, False)
-    rows_found, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
-    later = backward_columns(asked, factor, found.base, found.log_sum, needs)
-    for these in (found, rows_found):
+    found, gradients = both_ways(asked, factor)
+    for these in found:
         torch.testing.assert_close(these.ce.double(), ce.detach(), rtol=3e-7, atol=6e-7)
         told = these.base.double() + these.log_sum.double()
         torch.testing.assert_close(told, lse.detach(), rtol=1e-7, atol=6e-7)
     largest = 3e-7 * float(gradient.abs().max())
-    for made in (known, later):
-        torch.testing.assert_close(made.unembedding.double(), gradient, rtol=2e-6, atol=largest)
+    for made in gradients:
+        torch.testing.assert_close(made.double(), gradient, rtol=2e-6, atol=largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

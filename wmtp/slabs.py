@@ -500,13 +500,16 @@ def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
     most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
     # Rows that lie a power of two apart meet in the same lines of a CPU's cache: a product that writes
     # them takes 7 % longer. At an odd multiple of 16 columns they do not.
-    aligned, odd = (_ALIGNED_COLUMNS_GPU, 0) if problem.hidden.is_cuda else (_ALIGNED_COLUMNS, 1)
+    on_gpu = problem.hidden.is_cuda
+    aligned = _ALIGNED_COLUMNS_GPU if on_gpu else _ALIGNED_COLUMNS
     if most >= aligned:
         most -= most % aligned
-        most -= aligned * odd * (most // aligned % 2 == 0)
+        if not on_gpu and most // aligned % 2 == 0:
+            most -= aligned
         columns = evenly(problem.vocab, most)
         columns += -columns % aligned
-        columns += aligned * odd * (columns // aligned % 2 == 0)
+        if not on_gpu and columns // aligned % 2 == 0:
+            columns += aligned
         columns = min(problem.vocab, columns)
     else:
         columns = evenly(problem.vocab, most)

@@ -110,3 +110,22 @@ def load_script(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU, and so is treated like one there."""
+
+    is_cuda = True  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+
+
+def addmm_of_a_gpu(
+    total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, beta: float, alpha: float, out: Tensor
+) -> Tensor:  # fmt: skip
+    """What `torch.addmm` does on CUDA with narrow matrices and a wide sum, and what it asks for."""
+    assert a.dtype == b.dtype
+    assert a.dtype in (torch.bfloat16, torch.float16)
+    assert out.dtype == total.dtype == out_dtype == torch.float32
+    assert out.shape == total.shape == (len(a), b.shape[1])
+    # Of a total that counts nothing, not even NaN is read.
+    old = torch.zeros_like(total) if beta == 0 else beta * total
+    return out.copy_(old + alpha * (a.float() @ b.float()))

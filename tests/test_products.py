@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers import OnGpu, addmm_of_a_gpu
 from tests.strategies import SEEDS, normal
 from wmtp import products
 
@@ -68,7 +69,7 @@ def test_narrow_products_are_summed_wide(
     a, b = of_integers((rows, inner), seed, dtype), of_integers((inner, columns), seed + 1, dtype)
     total = normal(seed + 2, rows, columns).float()
     unit = torch.tensor(0.25) if scaled else None
-    scratch = torch.empty(products.scratch_cells(b, torch.float32, 0) + spare)
+    scratch = torch.empty(products.scratch_cells(b, torch.float32) + spare)
     product = a.float() @ b.float() * (0.25 if scaled else 1)
     wanted = product if fresh else total + product
     products.add_product(total, a, b, scratch, unit, fresh=fresh)
@@ -80,9 +81,25 @@ def test_sums_in_the_dtype_of_the_products_need_no_scratch(fresh: bool) -> None:
     a, b = normal(0, 4, 3), normal(1, 3, 2)
     total = normal(2, 4, 2)
     wanted = a @ b + (0 if fresh else total)
-    assert products.scratch_cells(b, torch.float64, 10**6) == 0
+    assert products.scratch_cells(b, torch.float64) == 0
     products.add_product(total, a, b, total.new_empty(0), fresh=fresh)
     torch.testing.assert_close(total, wanted)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_gpu_sums_narrow_products_wide_in_one_operation(
+    dtype: torch.dtype, fresh: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = of_integers((5, 3), 0, dtype).as_subclass(OnGpu), of_integers((3, 4), 1, dtype)
+    total = torch.full((5, 4), torch.nan) if fresh else normal(2, 5, 4).float()
+    unit = torch.tensor(0.25) if scaled else None
+    wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
+    assert products.scratch_cells(a, torch.float32) == 0
+    monkeypatch.setattr(torch, "addmm", addmm_of_a_gpu)
+    products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
+    assert torch.equal(total, wanted.as_subclass(Tensor))
 
 
 @given(rows=st.integers(0, 100), room=st.integers(0, 100))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import OnGpu
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import linear_weighted_mtp_loss, slab_softmax, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
@@ -356,6 +357,43 @@ def test_rows_of_a_slab_of_vocabulary_lie_no_power_of_two_apart(
     assert width == vocab or (width % 16 == 0 and width // 16 % 2)
     assert height * width * 4 <= slab_bytes or width <= 256
     assert 1 <= width <= vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("slab_bytes", [2**13, 2**20])
+def test_rows_of_a_slab_may_lie_further_apart(
+    dtype: torch.dtype, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = 333
+    x, unembedding = normal(0, ROWS, DIM).to(dtype), normal(1, vocab, DIM).to(dtype)
+    asked = problem(x, unembedding, integers(2, vocab, ROWS), slab_bytes=slab_bytes)
+    factor = uniform(3, ROWS).to(asked.wide)
+    needs = [True, True, False]
+
+    def guess(ce: Tensor, seen: Tensor) -> Tensor:
+        return torch.where(seen & (torch.arange(ROWS) % 2 == 0), factor, 0)
+
+    def found() -> list[Tensor]:
+        rows, gradients = both_ways(asked, factor)
+        guessed = forward_guessing_rows(asked, guess, True, needs)
+        made = corrected_rows(asked, guessed[2], factor, guessed[1], needs)
+        return [*rows[0], *rows[1], *gradients, *guessed[0], *made[:2]]
+
+    alone = found()
+    monkeypatch.setattr(slabs, "_ALIGNED_COLUMNS_GPU", 40)
+    monkeypatch.setattr(slabs, "_apart", lambda _, columns: columns + -columns % 40)
+    rounding = 1e-12 if dtype == torch.float64 else 2**-7
+    for one, other in zip(found(), alone, strict=True):
+        size = float(other.double().abs().max())
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding * 0.2 * size)
+
+
+@pytest.mark.parametrize(("columns", "apart"), [(1, 64), (64, 64), (50257, 50304)])
+def test_rows_are_aligned_on_a_gpu(columns: int, apart: int) -> None:
+    x, target = torch.zeros(1, DIM), torch.zeros(1, dtype=torch.int64)
+    asked = problem(x, x, target)
+    assert slabs._apart(asked, columns) == columns
+    assert slabs._apart(asked._replace(hidden=x.as_subclass(OnGpu)), columns) == apart
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -14,6 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers import OnGpu, addmm_of_a_gpu
+from tests.strategies import integers, normal, uniform
+
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = ["cuda"] if HAS_CUDA else ["cpu"]
@@ -25,6 +28,7 @@ tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("wmtp.triton_softmax")
 wmtp = importlib.import_module("wmtp")
 slab_softmax = importlib.import_module("wmtp.slab_softmax")
+problem, slabs = (importlib.import_module(f"wmtp.{name}") for name in ("problem", "slabs"))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHTINGS = ["none", "dft", "focal", "entropy", "el2n"]
@@ -659,3 +663,62 @@ def test_the_losses_are_the_same_with_the_kernels_and_without(
         size = float(other.abs().max()) if dtype == torch.float16 else 1.0
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * 0.1 * size)
     assert calls
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="there the route is taken as it is")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("slab_bytes", "options"),
+    [(2**20, {}), (2**13, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0})],
+)
+def test_schedules_take_the_route_of_a_gpu(
+    dtype: torch.dtype, slab_bytes: int, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are aligned, kernels, sums in one operation: the numbers are those of a CPU."""
+    rows, vocab, needs = 40, 333, [True, True, True]
+    x, unembedding = normal(0, rows, 8).to(dtype), normal(1, vocab, 8).to(dtype)
+    target, factor = integers(2, vocab, rows) - 9, uniform(3, rows).float()
+    seen: list[str] = []
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
+
+    def guess(ce: Tensor, known: Tensor) -> Tensor:
+        return torch.where(known & (torch.arange(rows) % 2 == 0), factor, 0)
+
+    def found(kind: type[Tensor]) -> list[Tensor]:
+        given = (part.as_subclass(kind) for part in (x, unembedding, unembedding[:, 0], target))
+        asked = problem.Problem(*given, 0.0, 0.0, 0.0, slab_bytes)._replace(**options)
+        columns = slabs.forward_columns(asked, True)
+        later = slabs.backward_columns(asked, factor, columns.base, columns.log_sum, needs)
+        dft = problem.RowLocal("dft", 1.0)
+        local, known = slabs.forward_backward_rows(asked, factor, dft, True, True, needs)
+        first, made, guessed = slabs.forward_guessing_rows(asked, guess, True, needs)
+        made = slabs.corrected_rows(asked, guessed, factor, made, needs)
+        gradients = (x * some.unit for some in (later, known, made) for x in some[:3])
+        numbers = [*gradients]
+        for some in (columns, local, first):
+            numbers += [some.loss, some.ce, some.base + some.log_sum, some.correct, some.weight]
+        return [part.as_subclass(Tensor) for part in numbers]
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen.append(name)
+            return function(*arguments, **named)
+
+        return call
+
+    def addmm(*arguments: Any, **named: Any) -> Any:
+        if "out_dtype" not in named:
+            return with_bias(*arguments, **named)
+        seen.append("wide sum")
+        return addmm_of_a_gpu(*arguments, **named)
+
+    plain, with_bias = found(Tensor), torch.addmm
+    monkeypatch.setattr(torch, "addmm", addmm)
+    names = ["reduce_columns", "gradient_over_rows", "gradient_over_columns"]
+    for name in names:
+        monkeypatch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+    for one, other in zip(found(OnGpu), plain, strict=True):
+        rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
+        size = float(other.abs().max()) if other.is_floating_point() else 0.0
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding * 0.2 * size)
+    assert {*seen} == {*names, *(["wide sum"] if dtype != torch.float32 else [])}

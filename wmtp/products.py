@@ -76,15 +76,12 @@ def logits_of(x: Tensor, unembedding: Tensor, bias: Tensor | None, out: Tensor) 
             torch.addmm(bias[part], x, weight, out=out[:, part])
 
 
-def scratch_cells(a: Tensor, total: torch.dtype, most_bytes: int) -> int:
+def scratch_cells(a: Tensor, total: torch.dtype) -> int:
     """How much scratch, of the dtype of the total, ``add_product`` wants for products as wide as ``a``.
 
-    A CPU needs little of it, and has the tiles of a slab to share.
+    It has the tiles of a slab to share, so little is asked for.
     """
-    if total == a.dtype:
-        return 0
-    least = 2 * _MIN_PART_ROWS * a.shape[1]
-    return max(least, most_bytes // total.itemsize) if a.is_cuda else least
+    return 0 if total == a.dtype or a.is_cuda else 2 * _MIN_PART_ROWS * a.shape[1]
 
 
 def add_product(
@@ -97,14 +94,18 @@ def add_product(
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
+    if a.is_cuda:
+        scale = 1.0 if unit is None else float(unit)
+        old = 0 if fresh else 1
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=old, alpha=scale, out=total)
+        return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
     columns = b.shape[1]
-    # oneDNN copies what is transposed, and a cache is small; to a GPU only the scratch is a bound.
-    most, together = (len(a), len(a)) if a.is_cuda else (_PART_ROWS, _WIDENED_ROWS)
-    rows = max(1, min(together, len(scratch) // max(1, columns * 2)))
+    rows = max(1, min(_WIDENED_ROWS, len(scratch) // max(1, columns * 2)))
     wide, rest = scratch[: rows * columns].view(rows, columns), scratch[rows * columns :]
     narrow = rest.view(a.dtype)
-    step = max(1, min(most, len(narrow) // max(1, columns)))
+    # oneDNN copies what is transposed, and a cache is small.
+    step = max(1, min(_PART_ROWS, len(narrow) // max(1, columns)))
     for part in parts(len(a), step):
         size = part.stop - part.start
         product = narrow[: size * columns].view(size, columns)

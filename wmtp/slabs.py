@@ -61,7 +61,8 @@ _MOST_GUESSES = 256
 _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
-# A slab of vocabulary starts at a multiple of so many columns, for vector loads.
+# A slab of vocabulary starts at a multiple of so many columns, for vector loads; and on a GPU, whose
+# products are several times slower otherwise, every row of a slab.
 _ALIGNED_COLUMNS, _ALIGNED_COLUMNS_GPU = 16, 64
 
 
@@ -75,8 +76,8 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     # One deliberate synchronisation: rows without a target are left out of the product.
     active = (problem.target >= 0).nonzero().squeeze(1)
     rows, columns = _column_slab(problem, min(len(active), _BLOCK_ROWS))
-    slab = problem.hidden.new_empty(rows * columns)
-    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)
+    slab = problem.hidden.new_empty(rows * _apart(problem, columns))
+    scratch = scratch_for(_laid_out(problem, slab, rows, columns), problem.slab_bytes // 16)
     for some in parts(len(active), rows):
         block = active[some]
         size, wanted = filled_up(len(block), rows), problem.target[block]
@@ -86,7 +87,7 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
         chosen = total = torch.zeros_like(found.loss[block])
         best, best_at = torch.full_like(chosen, -math.inf), torch.zeros_like(wanted)
         for part in parts(problem.vocab, columns):
-            whole = slab[: size * (part.stop - part.start)].view(size, -1)
+            whole = _laid_out(problem, slab, size, part.stop - part.start)
             _product(problem, x, part, whole)
             logits = whole[: len(block)]
             seen = reduce_columns(
@@ -261,8 +262,9 @@ def backward_columns(
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
-    slab = x.new_empty(rows * columns)
-    scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16, _sum_cells(problem))
+    slab = x.new_empty(rows * _apart(problem, columns))
+    tiled = _laid_out(problem, slab, rows, columns)
+    scratch = scratch_for(tiled, problem.slab_bytes // 16, _sum_cells(problem))
     for part in parts(problem.vocab if len(active) else 0, columns):
         total = of_weight[part]
         if needs[1] and sum_dtype != total.dtype:
@@ -270,8 +272,8 @@ def backward_columns(
         for block in parts(len(active), rows):
             # With rows of zeros behind the last block, whose logits nobody looks at.
             whole = slice(block.start, min(block.start + rows, len(filled)))
-            made = slab[: (whole.stop - whole.start) * (part.stop - part.start)]
-            made = made.view(whole.stop - whole.start, -1)
+            size = whole.stop - whole.start
+            made = _laid_out(problem, slab, size, part.stop - part.start)
             _product(problem, filled[whole], part, made)
             logits = made[: block.stop - block.start]
             at_target[block] += gradient_over_columns(
@@ -476,19 +478,33 @@ def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor)
 
 def _sum_cells(problem: Problem) -> int:
     """Scratch for sums that are wider than the products."""
-    return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)
+    return scratch_cells(problem.hidden, problem.wide)
 
 
 def _most_rows(problem: Problem, needs: Sequence[bool]) -> int:
     """Rows of logits in what wide gradients leave of the budget, beside a scratch of a sixteenth."""
     excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
-    return (problem.slab_bytes - excess) * 15 // 16 // problem.row_bytes
+    row = _apart(problem, problem.vocab) * problem.hidden.itemsize
+    return (problem.slab_bytes - excess) * 15 // 16 // row
 
 
 def _row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
     """A slab for as many rows at a time as there are or as there is room for, and its scratch."""
-    slab = problem.hidden.new_empty(filled_up(evenly(rows, most), most), problem.vocab)
+    size = filled_up(evenly(rows, most), most)
+    flat = problem.hidden.new_empty(size * _apart(problem, problem.vocab))
+    slab = _laid_out(problem, flat, size, problem.vocab)
     return slab, scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
+
+
+def _apart(problem: Problem, columns: int) -> int:
+    """How many cells from one row of a slab to the next."""
+    return columns + (-columns % _ALIGNED_COLUMNS_GPU if problem.hidden.is_cuda else 0)
+
+
+def _laid_out(problem: Problem, cells: Tensor, rows: int, columns: int) -> Tensor:
+    """The first of some cells as a slab of so many rows and columns."""
+    apart = _apart(problem, columns)
+    return cells[: rows * apart].view(rows, apart)[:, :columns]
 
 
 def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
@@ -513,5 +529,5 @@ def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
         columns = min(problem.vocab, columns)
     else:
         columns = evenly(problem.vocab, most)
-    most = max(cells, columns) // columns
+    most = max(cells, columns) // _apart(problem, columns)
     return filled_up(evenly(rows, most), most), columns

@@ -192,16 +192,17 @@ def gradient_over_rows(
 
 def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
     """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
-    if left is None or all(_fits(factor * left, x) for factor in factors):
+    if left is None or _fits(x, *(factor * left for factor in factors)):
         return left
     slab.mul_(left.unsqueeze(1))
     return None
 
 
-def _fits(factor: Tensor, x: Tensor) -> bool:
+def _fits(x: Tensor, *factors: Tensor) -> bool:
     """Whether rows that are multiplied with these factors stay in range."""
-    largest = float(x.abs().amax()) if x.numel() else 0.0
-    return bool((factor.abs() * (1 + largest) <= _MOST_LEFT).all())
+    least, most = x.aminmax() if x.numel() else (x.new_zeros(()),) * 2
+    largest = max(-float(least), float(most))
+    return all(bool((factor.abs() * (1 + largest) <= _MOST_LEFT).all()) for factor in factors)
 
 
 def left_over_columns(
@@ -222,7 +223,7 @@ def left_over_columns(
     left = factor * torch.exp(-_rounding(base, log_sum))
     if z_loss:
         left = left * growth(z_loss, base + log_sum)
-    return left if _fits(left, x) else None
+    return left if _fits(x, left) else None
 
 
 def gradient_over_columns(

@@ -255,7 +255,7 @@ def backward_columns(
     factor = factor / unit
     left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
     scale = torch.ones_like(factor) if left is None else left
-    scaled = x if left is None else (x * left.unsqueeze(1)).to(x.dtype)
+    scaled = x if left is None else _scaled(x, left).to(x.dtype)
     of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
@@ -378,7 +378,7 @@ def _add_gradients(
     if into.unembedding.numel():
         one = torch.ones_like(into.unit)
         own = _unit(scale, x) if into.unembedding.dtype == problem.wide else one
-        scaled = (x * (scale / own).unsqueeze(1)).to(x.dtype)
+        scaled = _scaled(x, scale / own).to(x.dtype)
         own = own if x.dtype == torch.float16 else None
         add_product(into.unembedding, logits.T, scaled, scratch, own, fresh=fresh)
         _add_targets(into.unembedding, wanted, x, at_target)
@@ -448,16 +448,22 @@ def _write_hidden(
 ) -> None:
     """``out[rows] = scale · of_x + at_target · weight[wanted]``, rounded once, by parts."""
     for part in parts(len(rows), _PART_ROWS):
-        whole = at_target[part].unsqueeze(1) * weight[wanted[part]]
-        whole += scale[part].unsqueeze(1) * of_x[part]
+        whole = _scaled(weight.index_select(0, wanted[part]), at_target[part])
+        whole += _scaled(of_x[part], scale[part])
         out[rows[part]] = whole.to(out.dtype)
+
+
+def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
+    """``rows · factor`` in the dtype of the factor. A product of two dtypes takes twice as long."""
+    column = factor.unsqueeze(1)
+    return rows * column if rows.dtype == factor.dtype else rows.to(factor.dtype).mul_(column)
 
 
 def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor) -> None:
     """Add ``at_target · x`` to the targets' rows, each rounded once."""
     wide = at_target.dtype
     if of_weight.dtype == wide:
-        of_weight.index_add_(0, wanted, at_target.unsqueeze(1) * x)
+        of_weight.index_add_(0, wanted, _scaled(x, at_target))
         return
     order = wanted.argsort()
     unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -465,7 +471,7 @@ def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor
         part = order[some]
         rows, place = unique(wanted[part], return_inverse=True)
         total = of_weight[rows].to(wide)
-        total.index_add_(0, place, at_target[part].unsqueeze(1) * x[part])
+        total.index_add_(0, place, _scaled(x[part], at_target[part]))
         of_weight[rows] = total.to(of_weight.dtype)
 
 

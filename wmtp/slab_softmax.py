@@ -89,7 +89,8 @@ def reduce_columns(
     rows, columns = logits.shape
     inside, column = _within(wanted, columns)
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
-    whole, own, base, rounding = (torch.zeros_like(chosen) for _ in range(4))
+    whole, own, base = (torch.empty_like(chosen) for _ in range(3))
+    unscaled = torch.zeros_like(inside)
     best = chosen.new_empty(rows if with_best else 0)
     best_at = wanted.new_empty(rows if with_best else 0)
     total = chosen.new_empty(rows if with_sum else 0)
@@ -99,13 +100,14 @@ def reduce_columns(
             best[tile], best_at[tile] = _first_max(z)
         if with_sum:
             torch.sum(z, 1, out=total[tile])
-        base[tile] = shift = _shift(z)
-        rounding[tile] = _exp_less(z, shift, out)
+        if not _exponentials(z, base[tile], out):
+            unscaled[tile] = True
         torch.sum(out, 1, out=whole[tile])
         own[tile] = _at(out, column[tile])
     # A probable target tells the sum without a rounding of its own: a sure one has a loss of exactly 0.
     probable = inside & (own >= _PROBABLE * whole) & (own > 0)
-    log_sum = torch.where(probable, torch.log(whole / own), whole.log() - rounding)
+    log_sum = whole.log() - torch.where(unscaled, 0, _rounding(base))
+    log_sum = torch.where(probable, torch.log(whole / own), log_sum)
     base = torch.where(probable, chosen, base)
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
 
@@ -136,9 +138,8 @@ def gradient_over_rows(
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
     chosen = _capped(_at(logits, wanted).to(scratch.dtype), softcap)
-    own, others, shift, rounding = (torch.empty_like(chosen) for _ in range(4))
-    mean, score = torch.empty_like(chosen), torch.empty_like(chosen)
-    correct = torch.zeros_like(wanted, dtype=torch.bool)
+    own, others, shift, mean, score = (torch.empty_like(chosen) for _ in range(5))
+    correct, unscaled = (torch.zeros_like(wanted, dtype=torch.bool) for _ in range(2))
     for tile in _tiles(logits, scratch):
         index, slab = wanted[tile].unsqueeze(1), logits[tile]
         z, out = _widened(slab, softcap, scratch)
@@ -146,8 +147,8 @@ def gradient_over_rows(
             correct[tile] = _first_max(z)[1] == wanted[tile]
         if label_smoothing:
             torch.mean(z, 1, out=mean[tile])
-        shift[tile] = largest = _shift(z)
-        rounding[tile] = _exp_less(z, largest, out)
+        if not _exponentials(z, shift[tile], out):
+            unscaled[tile] = True
         own[tile] = _at(out, wanted[tile])
         # The others are summed by themselves: what a probable target leaves of 1 would be its rounding.
         torch.sum(out.scatter_(1, index, 0.0), 1, out=others[tile])
@@ -167,7 +168,8 @@ def gradient_over_rows(
     # The target is a logit of its row that tells the sum, −log p less, unless it is near to nothing.
     tiny = p_target < _TINY
     base = torch.where(tiny, shift, chosen)
-    log_sum = torch.where(tiny, whole.log() - rounding, torch.log1p(others / own))
+    log_sum = whole.log() - torch.where(unscaled, 0, _rounding(shift))
+    log_sum = torch.where(tiny, log_sum, torch.log1p(others / own))
     lse = base + log_sum
     loss = ce = (base - chosen) + log_sum
     if label_smoothing:
@@ -333,17 +335,12 @@ def _score(kind: str, p: Tensor, p_target: Tensor, p_others: Tensor) -> Tensor:
     return (_dot(p, p) + p_others.square()).sqrt()
 
 
-def _shift(z: Tensor) -> Tensor:
-    """Each row's largest logit, 0 if that is −inf."""
-    largest = z.amax(1)
-    return torch.where(largest == -torch.inf, 0, largest)
-
-
 def _scales(base: Tensor) -> bool:
     """Whether exponentials are made as scaled powers of two. Of float64 the last bit is wanted."""
     if base.dtype == torch.float64 or not _rounds_once(base.device):
         return False
-    return bool((base.abs() <= _LARGE).all())
+    least, most = base.aminmax() if base.numel() else (0.0, 0.0)
+    return float(least) >= -_LARGE and float(most) <= _LARGE
 
 
 @functools.cache
@@ -372,13 +369,19 @@ def _exp2_less(z: Tensor, bits: Tensor, out: Tensor) -> Tensor:
     return torch.add(-bits.unsqueeze(1), z, alpha=_LOG2_E, out=out).exp2_()
 
 
-def _exp_less(z: Tensor, base: Tensor, out: Tensor) -> Tensor:
-    """``out = exp(z − base)``, but for a factor of each row, whose logarithm is given."""
+def _exponentials(z: Tensor, base: Tensor, out: Tensor) -> bool:
+    """``out = exp(z − base)``; ``base`` becomes each row's largest logit, 0 if that is −inf.
+
+    Gives whether exponentials were scaled. Then that is so but for a factor of each row, the exponential
+    of ``_rounding(base)``.
+    """
+    torch.amax(z, 1, out=base)
     if _scales(base):
         _exp2_less(z, _bits(base), out)
-        return _rounding(base)
+        return True
+    base.masked_fill_(base == -torch.inf, 0)
     torch.sub(z, base.unsqueeze(1), out=out).exp_()
-    return torch.zeros_like(base)
+    return False
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

@@ -9,7 +9,7 @@ the table gives medians. *Floor* is the three matrix products over all rows that
 each at the best of several tilings, whatever the case. Before anything is timed, each contender's
 loss and gradients are compared with float64; a wrong answer is shown as wrong. Memory is the peak
 resident size of a process of its own beyond its inputs, and so includes the gradients. With
-``--keep-memory`` the allocator keeps what a step frees, for times without page faults. wmtp, the
+``--keep-memory`` the allocator of the timed process keeps what a step frees: no page faults. wmtp, the
 dense loss and torch's chunked one are timed in every case, other peers in ``--peer-cases``.
 """
 
@@ -28,6 +28,7 @@ from measure import (
     first_line,
     floor_jobs,
     floor_of,
+    gives_memory_back,
     interleaved,
     keep_memory,
     medians,
@@ -94,7 +95,7 @@ def measure_memory(sizes: Sizes, dtype: str, pair: Pair, threads: int) -> float:
     command = [sys.executable, __file__, "--threads", str(threads), "--one", dtype, *pair]
     for axis, value in sizes._asdict().items():
         command += [f"--{axis}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=gives_memory_back())
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return float(done.stdout.splitlines()[-1])

@@ -65,6 +65,11 @@ def keep_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT_MEMORY})
 
 
+def gives_memory_back() -> dict[str, str]:
+    """The environment of a process whose peak is to be what it holds, not what it keeps."""
+    return {name: value for name, value in os.environ.items() if name not in _KEPT_MEMORY}
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"

@@ -328,11 +328,12 @@ def test_a_shift_of_all_logits_shifts_their_log_sum_exp_alone(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("sign", [1, -1])
 def test_large_hidden_states_of_rows_that_count_much_do_not_overflow(
-    dtype: torch.dtype, softcap: float
+    dtype: torch.dtype, softcap: float, sign: int
 ) -> None:
     # The others have e^-60 of the probability, or a saturated softcap no slope.
-    x = torch.full((2, 1), 1e20).to(dtype)
+    x = torch.full((2, 1), sign * 1e20).to(dtype)
     unembedding = torch.tensor([[1.0], [-1.0], [1.0]] if softcap else [[0.0]] * 3).to(dtype)
     asked = problem(x, unembedding, torch.zeros(2).long(), softcap=softcap)
     if not softcap:
@@ -340,7 +341,7 @@ def test_large_hidden_states_of_rows_that_count_much_do_not_overflow(
     factor, needs = torch.full((2,), 1e20), [False, True, False]
     found = forward_columns(asked, False)
     made = backward_columns(asked, factor, found.base, found.log_sum, needs).unembedding
-    other = 0.0 if softcap else 2 * math.exp(-60) * 1e40
+    other = 0.0 if softcap else sign * 2 * math.exp(-60) * 1e40
     assert bool(made.isfinite().all())
     torch.testing.assert_close(
         made[1:, 0].double(), torch.tensor([other] * 2).double(), rtol=0.02, atol=0
@@ -395,7 +396,11 @@ def test_rows_are_aligned_on_a_gpu(columns: int, apart: int) -> None:
     x, target = torch.zeros(1, DIM), torch.zeros(1, dtype=torch.int64)
     asked = problem(x, x, target)
     assert slabs._apart(asked, columns) == columns
-    assert slabs._apart(asked._replace(hidden=x.as_subclass(OnGpu)), columns) == apart
+    there = asked._replace(hidden=x.as_subclass(OnGpu))
+    assert slabs._apart(there, columns) == apart
+    slab = slabs._laid_out(there, torch.empty(2 * apart), 2, columns)
+    assert slab.shape == (2, columns)
+    assert slab.stride() == (apart, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -62,7 +62,7 @@ _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
 # A slab of vocabulary starts at a multiple of so many columns, for vector loads; and on a GPU, whose
-# products are several times slower otherwise, every row of a slab.
+# products want it aligned, every row of a slab.
 _ALIGNED_COLUMNS, _ALIGNED_COLUMNS_GPU = 16, 64
 
 

@@ -348,6 +348,17 @@ def test_large_hidden_states_of_rows_that_count_much_do_not_overflow(
     )
 
 
+def test_large_factors_of_rows_that_z_loss_multiplies_do_not_overflow() -> None:
+    # The others have e^-60 of the probability, and z-loss a slope of some 400,000.
+    asked = problem(torch.ones(2, 1), torch.zeros(3, 1), torch.zeros(2).long())
+    asked = asked._replace(bias=torch.tensor([4000.0, 3940.0, 3940.0]), z_loss=50.0)
+    other = 2 * 1e34 * 400_001 * math.exp(-60)
+    for made in both_ways(asked, torch.full((2,), 1e34))[1]:
+        torch.testing.assert_close(
+            made[1:, 0].double(), torch.full((2,), other).double(), rtol=1e-4, atol=0
+        )
+
+
 @pytest.mark.parametrize("vocab", [16, 100, 300, 1000, 4096, 32768])
 @pytest.mark.parametrize("rows", [1, 100, 4096])
 @pytest.mark.parametrize("slab_bytes", [2**17, 2**20, 2**26])

@@ -1,9 +1,14 @@
-"""Both forms of the weighted loss, and of the oracle's, behind one call."""
+"""Every form of the weighted loss, and of the oracle's, behind one call.
+
+"held" is the linear form where the logits are kept for the backward pass, as a GPU does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from tests.strategies import (
 from wmtp import (
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
+    operators,
     weighted_mtp_loss,
     weighted_mtp_loss_and_stats,
 )
@@ -28,7 +34,7 @@ from wmtp import (
 WEIGHTS = st.sampled_from(["prediction", "token", "none"])
 NORMALIZERS = st.sampled_from(["weights", "tokens", 7.5, 3])
 HEAD_WEIGHTS = st.sampled_from(["given", None])
-FORMS = pytest.mark.parametrize("form", ["dense", "linear"])
+FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held"])
 
 
 def head_weights_of(case: Batch, kind: str | None) -> list[float] | None:
@@ -55,7 +61,13 @@ def apply(
         function = weighted_mtp_loss_and_stats if stats else weighted_mtp_loss
         return function(tensors[0], labels, weights, **options)
     linear = linear_weighted_mtp_loss_and_stats if stats else linear_weighted_mtp_loss
-    return linear(tensors[0], tensors[1], labels, weights, bias=tensors[2], **options)
+    with held_logits() if form == "held" else nullcontext():
+        return linear(tensors[0], tensors[1], labels, weights, bias=tensors[2], **options)
+
+
+def held_logits() -> Any:
+    """Where all logits of a linear loss are kept if a gradient is wanted, however many."""
+    return mock.patch.object(operators, "can_hold", lambda _, needs: any(needs))
 
 
 def known(

@@ -36,6 +36,8 @@ ORDER = [
     "products",
     "triton_softmax",
     "slab_softmax",
+    "triton_target_rows",
+    "target_rows",
     "slabs",
     "operators",
     "linear_cross_entropy",

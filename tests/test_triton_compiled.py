@@ -61,7 +61,8 @@ class Case(NamedTuple):
             "gradient_over_rows": (slab, wanted),
             "gradient_over_columns": (slab, wanted, numbers, numbers, numbers),
         }
-        getattr(kernels, self.call)(*given[self.call], **self.options)
+        options = self.options | ({"source": wanted} if "source" in self.options else {})
+        getattr(kernels, self.call)(*given[self.call], **options)
 
 
 def cases() -> Iterator[Case]:
@@ -75,6 +76,8 @@ def cases() -> Iterator[Case]:
     for smoothing, z_loss in itertools.product((0.0, 0.1), (0.0, 0.1)):
         options = plain | {"label_smoothing": smoothing, "z_loss": z_loss, "vocab": 99}
         yield Case("gradient_over_columns", "bfloat16", 32768, options)
+    options = plain | {"vocab": 128256, "source": True}
+    yield Case("gradient_over_columns", "bfloat16", 128256, options)
     for kind, correct in itertools.product(("none", "dft", "focal", "entropy", "el2n"), FLAGS):
         options = plain | {"weighting": kind, "power": 1.0, "with_correct": correct}
         yield Case("gradient_over_rows", "bfloat16", 128256, options)

@@ -2,7 +2,7 @@
 
 Each says which argument is wrong, what was expected, what came and, where it helps, what to do.
 Shapes are known without looking at the data, so no check here synchronises a device, except
-``labels_in_range``, which looks only where looking is free: on the CPU, in eager mode.
+``labels_in_range``, which looks where looking is free, on the CPU in eager mode, or where it is told to.
 """
 
 import math
@@ -202,9 +202,13 @@ def plain_tensors(**tensors: Tensor | None) -> None:
             )
 
 
-def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
-    """Refuse a valid target outside ``[0, vocab)`` on the CPU; elsewhere it would cost a sync."""
-    if torch.compiler.is_compiling() or not is_plain_cpu(targets):
+def labels_in_range(
+    targets: Tensor, valid: Tensor, vocab: int, *, on_any_device: bool = False
+) -> None:
+    """Refuse a valid target outside ``[0, vocab)``, in eager mode; on a GPU that costs a sync."""
+    if torch.compiler.is_compiling() or not is_plain(targets):
+        return
+    if targets.device.type != "cpu" and not (on_any_device and targets.is_cuda):
         return
     wrong = valid & ((targets < 0) | (targets >= vocab))
     if wrong.any():

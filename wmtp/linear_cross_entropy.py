@@ -183,7 +183,8 @@ def linear_problem(
         _checks.shape_is("bias", bias, (vocab,), "vocab")
     _checks.same_device(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
     targets, valid = resolve_targets(labels, offsets, batch, seq, heads, ignore_index)
-    _checks.labels_in_range(targets, valid, vocab)
+    # It waits for the device, as leaving out the rows without a target will.
+    _checks.labels_in_range(targets, valid, vocab, on_any_device=True)
 
     kind = hidden.device.type
     wide = torch.float64 in (hidden.dtype, unembedding.dtype)

@@ -8,6 +8,9 @@ first-order gradients over them:
 
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
+
+All three, in eager mode and where the budget holds the logits of all rows, keep these for the backward
+pass instead (``slabs.can_hold``).
 """
 
 from collections.abc import Sequence
@@ -20,17 +23,24 @@ from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
 from wmtp.slabs import (
     Guess,
+    Held,
     backward_columns,
+    backward_held,
     can_guess,
+    can_hold,
     corrected_rows,
     forward_backward_rows,
     forward_columns,
     forward_guessing_rows,
+    forward_held,
 )
 
 
 def row_losses(problem: Problem, with_correct: bool) -> Rows:
     """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias."""
+    if _is_held(problem):
+        held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct)  # pyright: ignore
+        return Rows(*held[:6])
     if _compiled_without_gradient(*problem[:3]):
         return Rows(*_row_losses(*problem, with_correct))  # traced by Dynamo
     return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
@@ -47,9 +57,7 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
         with_correct: see ``Rows``.
     """
     needs = _needs(problem)
-    tensors = [tensor for tensor in problem[:4] if tensor is not None]
-    eager = not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
-    if not (eager and can_guess(problem, needs)):
+    if _is_held(problem) or not (_is_eager(problem) and can_guess(problem, needs)):
         return row_losses(problem, with_correct)
     out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
     return Rows(*out[:6])
@@ -69,6 +77,11 @@ def weighted_row_sum(
     """
     needs = _needs(problem)
     every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
+    if weighting == NOT_LOCAL and _is_held(problem) and _checks.is_plain(factor):
+        wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
+        rows = row_losses(problem._replace(target=wanted), with_correct)
+        total = cast(Tensor, _WeightedTotal.apply(factor, rows.loss))  # pyright: ignore
+        return total, rows._replace(loss=rows.loss.detach())
     inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
     direct = _compiled_without_gradient(*problem[:3], factor)
     run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
@@ -80,6 +93,17 @@ def _needs(problem: Problem) -> list[bool]:
     """Which gradients are asked for: of hidden states, unembedding, bias."""
     grad = torch.is_grad_enabled()
     return [grad and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
+
+
+def _is_eager(problem: Problem) -> bool:
+    """Whether the numbers of a problem are there: no compiler, no transform."""
+    tensors = [tensor for tensor in problem[:4] if tensor is not None]
+    return not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
+
+
+def _is_held(problem: Problem) -> bool:
+    """Whether all logits are kept for the backward pass."""
+    return _is_eager(problem) and can_hold(problem, _needs(problem))
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
@@ -130,11 +154,7 @@ def _row_losses_backward(
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
-    *gradients, unit = backward_columns(problem, upstream, base, log_sum, needs)
-    if hidden.dtype == torch.float16:
-        gradients = [gradient.mul_(unit) for gradient in gradients]
-    of_hidden, of_unembedding, of_bias = gradients
-    return of_hidden, of_unembedding, of_bias
+    return _in_units(backward_columns(problem, upstream, base, log_sum, needs))
 
 
 @torch.library.custom_op("wmtp::weighted_row_sum", mutates_args=())
@@ -209,6 +229,15 @@ def _fake_gradients(
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in asked)
 
 
+def _in_units(gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as they are, in the dtype of the inputs."""
+    of_hidden, of_unembedding, of_bias, unit = gradients
+    if of_hidden.dtype == torch.float16:
+        for gradient in gradients[:3]:
+            gradient.mul_(unit)
+    return of_hidden, of_unembedding, of_bias
+
+
 class _Once(torch.autograd.Function):
     """What a backward pass computes, where another one through it raises."""
 
@@ -262,6 +291,64 @@ class _RowLossesBackward(_Once):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _row_losses_backward(*inputs)
+
+
+class _HeldRowLosses(torch.autograd.Function):
+    """Keeps the logits that the forward pass has made, for the first backward pass to use up."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *problem, with_correct = inputs
+        rows, held = forward_held(Problem(*problem), with_correct)
+        return *rows, *held
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[4:8]
+        ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        if grad_outputs[0] is None:
+            return (None,) * 9
+        upstream, saved = grad_outputs[0], ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        # Another backward pass will want the logits too, or there are several upstream gradients.
+        if torch.compiler.is_compiling() or _graph_is_kept() or not _checks.is_plain(upstream):
+            return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 6
+        made: Any = _HeldRowLossesBackward.apply(upstream, *saved, *ctx.options, needs)  # pyright: ignore
+        return *_asked_for(made, needs), *[None] * 6
+
+
+class _HeldRowLossesBackward(_Once):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        upstream, base, log_sum, *tensors, rows, cells = inputs[:9]
+        *options, needs = inputs[9:]
+        problem = Problem(*tensors, *options)
+        held = Held(rows, cells)
+        return _in_units(backward_held(problem, upstream, base, log_sum, needs, held))
+
+
+class _WeightedTotal(torch.autograd.Function):
+    """``Σ factor · loss``, where a row of factor 0 counts nothing, whatever its loss is."""
+
+    @staticmethod
+    def forward(factor: Tensor, loss: Tensor) -> Tensor:
+        wide = factor.to(loss.dtype)
+        return torch.where(wide != 0, wide * loss, 0).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor]:
+        factor, loss = ctx.saved_tensors
+        upstream = grad_outputs[0]
+        return (upstream * loss).to(factor.dtype), upstream * factor.to(loss.dtype)
 
 
 class _GuessedRowLosses(torch.autograd.Function):

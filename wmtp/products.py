@@ -43,7 +43,12 @@ def filled_up(rows: int, most: int) -> int:
 
 
 def gathered(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Some rows, and as many rows of zeros behind them as ``size`` asks for."""
+    """Some rows, all different, and as many rows of zeros behind them as ``size`` asks for.
+
+    All of them are not copied: their order can only be the one they have.
+    """
+    if len(rows) == len(hidden) == size and hidden.is_contiguous():
+        return hidden
     out = hidden.new_empty(size, hidden.shape[1])
     torch.index_select(hidden, 0, rows, out=out[: len(rows)])
     out[len(rows) :] = 0

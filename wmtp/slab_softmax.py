@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from wmtp.problem import RowLocal, Rows, wide_dtype
+from wmtp.products import parts
 
 
 _LOG2_E = math.log2(math.e)
@@ -240,18 +241,26 @@ def gradient_over_columns(
     vocab: int,
     scratch: Tensor,
     is_left: bool,
+    source: Tensor | None = None,
 ) -> Tensor:
     """The slab of some columns becomes ``factor · dℓ/dz``, 0 at the target, whose gradient is given.
 
     ``base`` and ``log_sum`` are the whole rows'. ``wanted`` counts from the slab's first column; 0 is
     given where it is not in the slab. With ``is_left`` the slab's rows are that only when multiplied with
     what ``left_over_columns`` has given for them.
+
+    A row is made of the logits at ``source``, which are its own, or a row's of which nothing is made.
     """
     kernels = _kernels(logits)
     if kernels is not None:
         return kernels.gradient_over_columns(
-            logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab
+            logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab, source
         )
+    if source is not None:
+        moved = (source >= len(wanted)).nonzero().squeeze(1)
+        for part in parts(len(moved), len(scratch) // logits.shape[1]):
+            logits[moved[part]] = logits[source[moved[part]]]
+        logits = logits[: len(wanted)]
     lse, bits = base + log_sum, _bits(base, log_sum)
     inside, column = _within(wanted, logits.shape[1])
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)

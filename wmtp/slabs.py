@@ -1,6 +1,6 @@
 """The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
-Four walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
+Five walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
 by one product, finished by ``slab_softmax.py``, and used by up to two more products (``products.py``).
 
 * ``forward_columns``: loss and log-sum-exp of each row. Slabs of vocabulary. One product.
@@ -11,6 +11,8 @@ by one product, finished by ``slab_softmax.py``, and used by up to two more prod
 * ``forward_guessing_rows``, then ``corrected_rows``: both at once, for factors that are known only when
   all losses are, but can be guessed from the losses so far. Slabs of rows. One product for all rows,
   two for those with a guess, three for those whose guess was wrong.
+* ``forward_held``, then ``backward_held``: as the first two, where one slab holds the logits of all rows
+  and is kept in between. One product for all rows, two for those that count.
 
 Rows without a target (``target < 0``) enter no product. Plain functions of tensors: gradients and
 ``torch.compile`` are the business of ``operators.py``.
@@ -18,7 +20,7 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,16 +45,15 @@ from wmtp.slab_softmax import (
     scratch_for,
     settled,
 )
+from wmtp.target_rows import add_targets, scaled, write_hidden
 
 
-# Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and is work
-# enough for a GPU.
+# Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and makes products
+# that are large enough for a GPU.
 _COLUMN_SLAB_BYTES = 2**25
-_COLUMN_SLAB_BYTES_GPU = 2**27
-# How many rows are copied or widened at a time.
-_PART_ROWS = 1024
+_COLUMN_SLAB_BYTES_GPU = 2**29
 # Rows whose logits are walked over together where only their losses are wanted.
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192
 # Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
 _MIN_COLUMNS = 256
 # More slabs than this and guessing their factors takes a time of its own.
@@ -70,24 +71,64 @@ _ALIGNED_COLUMNS, _ALIGNED_COLUMNS_GPU = 16, 64
 Guess = Callable[[Tensor, Tensor], Tensor]
 
 
+class Held(NamedTuple):
+    """The logits of some rows, kept from the forward pass to the backward pass.
+
+    Attributes:
+        rows: ``[held]``, which rows of the problem.
+        cells: their slab, flat; see ``_laid_out``.
+    """
+
+    rows: Tensor
+    cells: Tensor
+
+
 def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     """Loss, cross entropy and log-sum-exp of every row that has a target."""
-    found = problem.empty_rows()
     # One deliberate synchronisation: rows without a target are left out of the product.
     active = (problem.target >= 0).nonzero().squeeze(1)
-    rows, columns = _column_slab(problem, min(len(active), _BLOCK_ROWS))
-    slab = problem.hidden.new_empty(rows * _apart(problem, columns))
-    scratch = scratch_for(_laid_out(problem, slab, rows, columns), problem.slab_bytes // 16)
+    block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS
+    rows, columns = _column_slab(problem, min(len(active), block), _copied_bytes(problem, active))
+    cells = problem.hidden.new_empty(rows * _apart(problem, columns))
+    return _found_in_columns(problem, with_correct, active, cells, rows, columns)
+
+
+def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
+    """Whether ``forward_held`` has the memory it wants, and is the faster way.
+
+    Not on a CPU: there a slab that is not used at once has left the cache when it is.
+    """
+    cells = len(problem.target) * _apart(problem, problem.vocab)
+    fits = cells * problem.hidden.itemsize <= problem.slab_bytes
+    return any(needs) and problem.hidden.is_cuda and fits
+
+
+def forward_held(problem: Problem, with_correct: bool) -> tuple[Rows, Held]:
+    """``forward_columns``, and the logits it has made. ``can_hold`` says whether to call this."""
+    active = (problem.target >= 0).nonzero().squeeze(1)
+    cells = problem.hidden.new_empty(len(active) * _apart(problem, problem.vocab))
+    size = len(active), problem.vocab
+    return _found_in_columns(problem, with_correct, active, cells, *size), Held(active, cells)
+
+
+def _found_in_columns(
+    problem: Problem, with_correct: bool, active: Tensor, cells: Tensor, rows: int, columns: int
+) -> Rows:
+    """Everything about the active rows but weights, by slabs of so many rows and columns."""
+    found = problem.empty_rows()
+    scratch = scratch_for(_laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)
     for some in parts(len(active), rows):
         block = active[some]
         size, wanted = filled_up(len(block), rows), problem.target[block]
         x = gathered(problem.hidden, block, size)
         bases: list[Tensor] = []
         sums: list[Tensor] = []
-        chosen = total = torch.zeros_like(found.loss[block])
-        best, best_at = torch.full_like(chosen, -math.inf), torch.zeros_like(wanted)
+        total = torch.zeros_like(found.loss[block])
+        # What no slab holds has no logit.
+        chosen = torch.where(wanted < problem.vocab, total, torch.nan)
+        best, best_at = torch.full_like(total, -math.inf), torch.zeros_like(wanted)
         for part in parts(problem.vocab, columns):
-            whole = _laid_out(problem, slab, size, part.stop - part.start)
+            whole = _laid_out(problem, cells, size, part.stop - part.start)
             _product(problem, x, part, whole)
             logits = whole[: len(block)]
             seen = reduce_columns(
@@ -103,7 +144,7 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
                 better = seen.best > best
                 best = torch.where(better, seen.best, best)
                 best_at = torch.where(better, seen.best_at + part.start, best_at)
-        base, log_sum = _merged(torch.stack(bases, 1), torch.stack(sums, 1))
+        base, log_sum = _merged(bases, sums)
         ce = (base - chosen) + log_sum
         loss = ce
         if problem.label_smoothing:
@@ -245,9 +286,53 @@ def backward_columns(
     gradient in the wide dtype.
     """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
+    summed = len(active) * problem.hidden.shape[1] * problem.wide.itemsize
+    size = _column_slab(problem, len(active), _copied_bytes(problem, active) + summed)
+    return _summed_over_columns(problem, upstream, base, log_sum, needs, active, *size, None, None)
+
+
+def backward_held(
+    problem: Problem,
+    upstream: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
+    needs: list[bool],
+    held: Held,
+) -> Gradients:
+    """The same from logits that were held, which are used up."""
+    count = ((problem.target >= 0) & (upstream != 0))[held.rows]
+    # Those that count, in the places of the first: a row before these that does not count is
+    # replaced by one behind them that does. Nothing is read where something is written.
+    size = int(count.sum())
+    source = torch.arange(size, device=count.device)
+    if size < len(count):
+        source[(~count[:size]).nonzero().squeeze(1)] = size + count[size:].nonzero().squeeze(1)
+    active = held.rows[source]
+    return _summed_over_columns(
+        problem, upstream, base, log_sum, needs, active, len(held.rows), problem.vocab,
+        held, source if size < len(count) else None,
+    )  # fmt: skip
+
+
+def _summed_over_columns(
+    problem: Problem,
+    upstream: Tensor,
+    base: Tensor,
+    log_sum: Tensor,
+    needs: list[bool],
+    active: Tensor,
+    rows: int,
+    columns: int,
+    held: Held | None,
+    source: Tensor | None,
+) -> Gradients:
+    """Gradients from the active rows, by slabs of so many rows and columns.
+
+    With ``held`` there is one slab, whose logits are there already: in the order of the active rows, or
+    where ``source`` says.
+    """
     factor, wanted = upstream[active].to(problem.wide), problem.target[active]
     base, log_sum = base[active], log_sum[active]
-    rows, columns = _column_slab(problem, len(active))
     filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
     x, weight = filled[: len(active)], problem.unembedding
     grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor
@@ -255,15 +340,15 @@ def backward_columns(
     factor = factor / unit
     left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
     scale = torch.ones_like(factor) if left is None else left
-    scaled = x if left is None else _scaled(x, left).to(x.dtype)
+    rescaled = x if left is None else scaled(x, left).to(x.dtype)
     of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
-    slab = x.new_empty(rows * _apart(problem, columns))
-    tiled = _laid_out(problem, slab, rows, columns)
+    cells = x.new_empty(rows * _apart(problem, columns)) if held is None else held.cells
+    tiled = _laid_out(problem, cells, rows, columns)
     scratch = scratch_for(tiled, problem.slab_bytes // 16, _sum_cells(problem))
     for part in parts(problem.vocab if len(active) else 0, columns):
         total = of_weight[part]
@@ -273,29 +358,30 @@ def backward_columns(
             # With rows of zeros behind the last block, whose logits nobody looks at.
             whole = slice(block.start, min(block.start + rows, len(filled)))
             size = whole.stop - whole.start
-            made = _laid_out(problem, slab, size, part.stop - part.start)
-            _product(problem, filled[whole], part, made)
+            made = _laid_out(problem, cells, size, part.stop - part.start)
+            if held is None:
+                _product(problem, filled[whole], part, made)
             logits = made[: block.stop - block.start]
             at_target[block] += gradient_over_columns(
-                logits, wanted[block] - part.start, base[block], log_sum[block], factor[block],
-                problem.label_smoothing, problem.z_loss, problem.softcap, problem.vocab, scratch,
-                left is not None,
+                logits if source is None else tiled, wanted[block] - part.start, base[block],
+                log_sum[block], factor[block], problem.label_smoothing, problem.z_loss,
+                problem.softcap, problem.vocab, scratch, left is not None, source,
             )  # fmt: skip
             if needs[0]:
                 add_product(of_x[whole], made, weight[part], scratch, fresh=part.start == 0)
             if needs[1]:
-                add_product(total, logits.T, scaled[block], scratch, fresh=block.start == 0)
+                add_product(total, logits.T, rescaled[block], scratch, fresh=block.start == 0)
             if needs[2]:
                 _add_to_bias(problem, of_bias[part], logits, scale[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
-    del slab, scratch, scaled
+    del cells, tiled, scratch, rescaled
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
-        _write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
+        write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
     del of_x
     if needs[1]:
-        _add_targets(of_weight, wanted, x, at_target)
+        add_targets(of_weight, wanted, x, at_target)
     if needs[2]:
         of_bias.index_add_(0, wanted, at_target)
     return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
@@ -373,15 +459,15 @@ def _add_gradients(
     if into.hidden.numel():
         of_x = slab[: len(filled)] @ weight
         scale = of_hidden if left is None else of_hidden * left
-        _write_hidden(into.hidden, rows, of_x, scale, weight, wanted, of_hidden * at_target)
+        write_hidden(into.hidden, rows, of_x, scale, weight, wanted, of_hidden * at_target)
     scale, at_target = of_others if left is None else of_others * left, of_others * at_target
     if into.unembedding.numel():
         one = torch.ones_like(into.unit)
         own = _unit(scale, x) if into.unembedding.dtype == problem.wide else one
-        scaled = _scaled(x, scale / own).to(x.dtype)
+        rescaled = scaled(x, scale / own).to(x.dtype)
         own = own if x.dtype == torch.float16 else None
-        add_product(into.unembedding, logits.T, scaled, scratch, own, fresh=fresh)
-        _add_targets(into.unembedding, wanted, x, at_target)
+        add_product(into.unembedding, logits.T, rescaled, scratch, own, fresh=fresh)
+        add_targets(into.unembedding, wanted, x, at_target)
     if into.bias.numel():
         _add_to_bias(problem, into.bias, logits, scale)
         into.bias.index_add_(0, wanted, at_target)
@@ -406,8 +492,11 @@ def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
     logits_of(x, problem.unembedding[part], bias, out)
 
 
-def _merged(bases: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Base and log-sum of whole rows from those of their parts, ``[rows parts]``."""
+def _merged(parts_base: list[Tensor], parts_sum: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Base and log-sum of whole rows from those of their parts."""
+    if len(parts_base) == 1:
+        return parts_base[0], parts_sum[0]
+    bases, sums = torch.stack(parts_base, 1), torch.stack(parts_sum, 1)
     largest = (bases + sums).argmax(1, keepdim=True)
     base = bases.gather(1, largest)
     return base.squeeze(1), ((bases - base) + sums).logsumexp(1)
@@ -435,44 +524,6 @@ def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Te
     """Memory that the first product over the active rows will fill; zeros if there is no row."""
     fill = torch.empty if len(active) else torch.zeros
     return fill(shape, dtype=dtype, device=like.device)
-
-
-def _write_hidden(
-    out: Tensor,
-    rows: Tensor,
-    of_x: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    wanted: Tensor,
-    at_target: Tensor,
-) -> None:
-    """``out[rows] = scale · of_x + at_target · weight[wanted]``, rounded once, by parts."""
-    for part in parts(len(rows), _PART_ROWS):
-        whole = _scaled(weight.index_select(0, wanted[part]), at_target[part])
-        whole += _scaled(of_x[part], scale[part])
-        out[rows[part]] = whole.to(out.dtype)
-
-
-def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """``rows · factor`` in the dtype of the factor. A product of two dtypes takes twice as long."""
-    column = factor.unsqueeze(1)
-    return rows * column if rows.dtype == factor.dtype else rows.to(factor.dtype).mul_(column)
-
-
-def _add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor) -> None:
-    """Add ``at_target · x`` to the targets' rows, each rounded once."""
-    wide = at_target.dtype
-    if of_weight.dtype == wide:
-        of_weight.index_add_(0, wanted, _scaled(x, at_target))
-        return
-    order = wanted.argsort()
-    unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    for some in parts(len(order), _PART_ROWS):
-        part = order[some]
-        rows, place = unique(wanted[part], return_inverse=True)
-        total = of_weight[rows].to(wide)
-        total.index_add_(0, place, _scaled(x[part], at_target[part]))
-        of_weight[rows] = total.to(of_weight.dtype)
 
 
 def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
@@ -513,11 +564,22 @@ def _laid_out(problem: Problem, cells: Tensor, rows: int, columns: int) -> Tenso
     return cells[: rows * apart].view(rows, apart)[:, :columns]
 
 
-def _column_slab(problem: Problem, rows: int) -> tuple[int, int]:
-    """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them."""
+def _copied_bytes(problem: Problem, active: Tensor) -> int:
+    """What hidden states take that ``gathered`` has copied: none if there is a target for each."""
+    whole = len(active) == len(problem.hidden)
+    return 0 if whole else len(active) * problem.hidden.shape[1] * problem.hidden.itemsize
+
+
+def _column_slab(problem: Problem, rows: int, beside: int = 0) -> tuple[int, int]:
+    """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them.
+
+    On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others; but a quarter.
+    """
     size = problem.hidden.dtype.itemsize
-    budget = max(1, problem.slab_bytes // size)
-    large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES
+    budget, large = problem.slab_bytes, _COLUMN_SLAB_BYTES
+    if problem.hidden.is_cuda:
+        budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU
+    budget = max(1, budget // size)
     cells = min(budget, large // size)
     most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
     # Rows that lie a power of two apart meet in the same lines of a CPU's cache: a product that writes

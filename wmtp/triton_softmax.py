@@ -170,13 +170,14 @@ def gradient_over_columns(
     z_loss: float,
     softcap: float,
     vocab: int,
+    source: Tensor | None = None,
 ) -> Tensor:
     """Write the gradient in place of a slab of some columns, for rows whose log-sum-exp is known.
 
     As in ``gradient_over_rows``, but multiplied with a factor: ``factor · dℓ/dlogit``.
 
     Args:
-        logits: ``[rows cols]``, overwritten.
+        logits: ``[rows cols]``, overwritten; with ``source`` there may be more rows.
         wanted: ``[rows]`` int64, the target counted from the slab's first column; anything outside
             ``[0, cols)`` means that it stands elsewhere.
         base: ``[rows]`` float32.
@@ -186,11 +187,14 @@ def gradient_over_columns(
         z_loss: see there.
         softcap: see there; 0 means none.
         vocab: the size of the whole vocabulary.
+        source: ``[rows]`` int64, where the logits of each row are: in its own place, or behind all rows
+            that are written, each in another.
 
     Returns:
         ``[rows]`` float32, the target's entry of the gradient, 0 where the target stands elsewhere.
     """
-    rows, cols = _checked(logits)
+    _, cols = _checked(logits)
+    rows = len(wanted)
     at_target = torch.zeros(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block, warps = _block(cols)
@@ -199,6 +203,7 @@ def gradient_over_columns(
                 logits,
                 logits.stride(0),
                 cols,
+                source,
                 wanted.contiguous(),
                 base.contiguous(),
                 log_sum.contiguous(),
@@ -211,6 +216,7 @@ def gradient_over_columns(
                 has_smoothing=label_smoothing != 0,
                 has_z_loss=z_loss != 0,
                 has_softcap=softcap > 0,
+                has_source=source is not None,
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
@@ -338,8 +344,11 @@ def _gradient_over_rows(
     row = tl.program_id(0)
     line = logits + _offset(row, stride)
     lanes = tl.arange(0, block)
-    target = tl.load(wanted + row).to(tl.int32)
-    z_target, slope_target = _capped(tl.load(line + target).to(tl.float32), softcap, has_softcap)
+    target = tl.load(wanted + row)
+    # Of a target that does not exist nothing is read: its loss is NaN.
+    target = tl.where((target >= 0) & (target < cols), target, -1).to(tl.int32)
+    raw = tl.load(line + target, mask=target >= 0, other=float("nan")).to(tl.float32)
+    z_target, slope_target = _capped(raw, softcap, has_softcap)
     # Logits are averaged as differences to the target's, which are as small as the loss itself.
     anchor = _finite(z_target)
     peak = z_target
@@ -442,6 +451,7 @@ def _gradient_over_columns(
     logits,
     stride,
     cols,
+    source,
     wanted,
     base,
     log_sum,
@@ -454,11 +464,15 @@ def _gradient_over_columns(
     has_smoothing: tl.constexpr,
     has_z_loss: tl.constexpr,
     has_softcap: tl.constexpr,
+    has_source: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row and block of columns; whichever holds the target writes its entry."""
     row = tl.program_id(0)
     line = logits + _offset(row, stride)
+    read = line
+    if has_source:
+        read = logits + tl.load(source + row) * stride
     start = tl.program_id(1) * block
     column = start + tl.arange(0, block)
     target = tl.load(wanted + row)
@@ -471,7 +485,7 @@ def _gradient_over_columns(
     pull = scale
     if has_z_loss:
         pull *= 1 + 2 * z_loss * row_lse
-    z, slope = _scores(line, column, cols, softcap, has_softcap)
+    z, slope = _scores(read, column, cols, softcap, has_softcap)
     g = tl.exp((z - row_base) - row_sum) * pull
     if has_smoothing:
         g -= scale * smoothing_per_column

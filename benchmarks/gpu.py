@@ -34,6 +34,7 @@ from peers import (
     CASES,
     CONTENDERS,
     DTYPES,
+    LEAN_BYTES,
     PACKAGES,
     Sizes,
     make_inputs,
@@ -47,10 +48,12 @@ import wmtp
 
 
 ROWS, COLUMNS = (1024, 2048, 4096, 8192), (4096, 8192, 16384, 32768)
-# What wmtp promises, by case: times of the floor; and MiB at the peak beyond the gradients.
-TIME_TARGETS = {"all": 1.10, "rho-1": 1.00}
-MEMORY_TARGET = 0.3 * 1024
-PAIRS = [("wmtp", label) for label in ("all", "half masked", "rho-1", "dft", "evaluation")]
+# What wmtp is meant to reach, by contender and case: times of the floor; and MiB at the peak beyond the
+# gradients.
+TIME_TARGETS = {("wmtp", "all"): 1.10, ("wmtp", "rho-1"): 1.00}
+MEMORY_TARGETS = {("wmtp, 0.3 GiB", label): LEAN_BYTES / MIB for label in ("all", "rho-1")}
+# What every contender does that can; wmtp does all cases.
+SHARED_CASES = ("all", "half masked", "rho-1", "evaluation")
 
 
 def peak_of(job: Job, device: str) -> float:
@@ -88,7 +91,12 @@ def compare(
         f"\n{options.dtype}, N {sizes.predictions}, dim {sizes.dim}, vocab {sizes.vocab}, heads "
         f"{sizes.heads}; gradients {gradients:.0f} MiB"
     )
-    pairs = PAIRS + [(name, "all") for name in able if name != "wmtp"]
+    pairs = [
+        (name, label)
+        for label in CASES
+        for name in able
+        if label in CONTENDERS[name].cases and (label in SHARED_CASES or name == "wmtp")
+    ]
     for name, label in pairs:
         job = partial(run, name, prepare(x, CASES[label]), CASES[label])
         answer = answers.get((name, label), "not checked")
@@ -132,14 +140,15 @@ def compare(
 
 def against_targets(row: dict) -> str:
     """What wmtp was meant to reach, next to what it did."""
-    if row["contender"] != "wmtp" or row["case"] not in TIME_TARGETS:
-        return ""
-    time, memory = TIME_TARGETS[row["case"]], row["gradients_mib"] + MEMORY_TARGET
-    met = [row["times_floor"] <= time, row["peak_mib"] <= memory]
-    words = [f"≤ {time:.2f} × floor", f"≤ {memory:.0f} MiB"]
-    return "; target " + ", ".join(
-        f"{text} {'met' if ok else 'MISSED'}" for text, ok in zip(words, met, strict=True)
-    )
+    pair, words = (row["contender"], row["case"]), ""
+    if pair in TIME_TARGETS:
+        met = row["times_floor"] <= TIME_TARGETS[pair]
+        words += f"; target ≤ {TIME_TARGETS[pair]:.2f} × floor {'met' if met else 'MISSED'}"
+    if pair in MEMORY_TARGETS:
+        most = row["gradients_mib"] + MEMORY_TARGETS[pair]
+        met = row["peak_mib"] <= most
+        words += f"; target ≤ {most:.0f} MiB {'met' if met else 'MISSED'}"
+    return words
 
 
 def main() -> None:

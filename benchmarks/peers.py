@@ -124,14 +124,16 @@ def weighing(token_loss: TokenLoss) -> Loss:
     return loss
 
 
-def of_wmtp(x: Inputs, case: Case) -> Tensor:
+def of_wmtp(x: Inputs, case: Case, slab_bytes: int | None = None) -> Tensor:
     weights = {
         "given": x.weights,
         "rho-1": partial(wmtp.rho1_weights, reference_nll=x.reference),
         "dft": wmtp.RowLocalWeights("dft"),
         "one": None,
     }[case.weights]
-    return wmtp.linear_weighted_mtp_loss(x.hidden, x.unembedding, x.targets, weights)
+    return wmtp.linear_weighted_mtp_loss(
+        x.hidden, x.unembedding, x.targets, weights, slab_bytes=slab_bytes
+    )
 
 
 def dense(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
@@ -197,6 +199,16 @@ def cut(hidden: Tensor, unembedding: Tensor, targets: Tensor, **options: object)
     return function(hidden, unembedding, targets, reduction="none", **options)
 
 
+def quack(hidden: Tensor, unembedding: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+    """Its chunked loss has no losses per token; where these are wanted it holds all logits."""
+    module = import_module("quack.linear_cross_entropy")
+    if reduction == "none":
+        return module.linear_cross_entropy_func(
+            hidden, unembedding, None, targets, reduction="none"
+        )
+    return module.chunked_linear_cross_entropy(hidden, unembedding, targets, reduction=reduction)
+
+
 def mean_only(token_loss: Callable[..., Tensor]) -> Loss:
     def loss(x: Inputs, case: Case) -> Tensor:
         flat = x.hidden.flatten(0, 2)
@@ -206,10 +218,13 @@ def mean_only(token_loss: Callable[..., Tensor]) -> Loss:
 
 
 _UNWEIGHTED = ("all", "half masked", "evaluation")
-_LIGER, _CUT = "liger-kernel", "cut-cross-entropy"
+_LIGER, _CUT, _QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
+# What the second entry of wmtp may hold beside gradients: the memory of the leanest peers.
+LEAN_BYTES = 3 * 2**30 // 10
 
 CONTENDERS = {
     "wmtp": Contender(of_wmtp, "wmtp"),
+    "wmtp, 0.3 GiB": Contender(partial(of_wmtp, slab_bytes=LEAN_BYTES), "wmtp", devices=("cuda",)),
     "dense": Contender(weighing(dense)),
     "dense, compiled": Contender(weighing(dense_compiled), devices=("cuda",)),
     "torch chunked": Contender(weighing(torch_chunked)),
@@ -228,6 +243,8 @@ CONTENDERS = {
     "CCE unfiltered": Contender(
         weighing(partial(cut, impl="cce", filter_eps=None)), _CUT, devices=("cuda",)
     ),
+    "Quack": Contender(weighing(quack), _QUACK, devices=("cuda",)),
+    "Quack, mean": Contender(mean_only(quack), _QUACK, ("cuda",), _UNWEIGHTED, weighted=False),
 }
 PACKAGES = tuple(dict.fromkeys(x.package for x in CONTENDERS.values() if x.package != "torch"))
 

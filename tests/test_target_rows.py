@@ -33,7 +33,6 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_rows, "_kernels", lambda _: None)
     if on_linux:
         monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 64)
-        monkeypatch.setattr(kernels, "_LARGEST_TILE", 64)
 
 
 def drawn(dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,7 +107,9 @@ def test_rows_may_lie_apart(module: Any) -> None:
         module.add_targets(of_weight, asked["wanted"], asked["x"], asked["at_target"])
         found.append((of_hidden, of_weight))
     for one in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+        # On a GPU the operations of torch add up what repeats in any order.
+        for a, b in zip(one, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-22, atol=2**-22)
 
 
 @MODULES

@@ -39,7 +39,11 @@ MOST_SHARED = 2048
 MOST_SPILLED = 16
 # Rows of a slab start at a multiple of so many columns on a GPU.
 ALIGNED_COLUMNS = 64
-KERNELS = ("_reduce_columns", "_gradient_over_rows", "_gradient_over_columns")
+# By module.
+KERNELS = {
+    "triton_softmax": ("_reduce_columns", "_gradient_over_rows", "_gradient_over_columns"),
+    "triton_target_rows": ("_write_hidden", "_add_targets"),
+}
 FLAGS = (False, True)
 
 
@@ -51,8 +55,8 @@ class Case(NamedTuple):
     columns: int
     options: dict[str, Any]
 
-    def launch(self, kernels: Any) -> None:
-        """Call the wrapper as ``slab_softmax.py`` does."""
+    def launch(self, kernels: dict[str, Any]) -> None:
+        """Call the wrapper as ``slab_softmax.py`` or ``target_rows.py`` does."""
         apart = self.columns + -self.columns % ALIGNED_COLUMNS
         slab = torch.zeros(2, apart, dtype=getattr(torch, self.dtype))[:, : self.columns]
         wanted, numbers = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
@@ -60,9 +64,12 @@ class Case(NamedTuple):
             "reduce_columns": (slab, wanted),
             "gradient_over_rows": (slab, wanted),
             "gradient_over_columns": (slab, wanted, numbers, numbers, numbers),
+            "write_hidden": (slab, wanted, slab.float(), numbers, slab, wanted, numbers),
+            "add_targets": (slab, wanted, slab, numbers),
         }
         options = self.options | ({"source": wanted} if "source" in self.options else {})
-        getattr(kernels, self.call)(*given[self.call], **options)
+        module = next(module for module in kernels.values() if hasattr(module, self.call))
+        getattr(module, self.call)(*given[self.call], **options)
 
 
 def cases() -> Iterator[Case]:
@@ -91,6 +98,8 @@ def cases() -> Iterator[Case]:
         yield Case("gradient_over_columns", dtype, columns, every | {"vocab": columns})
         options = {"softcap": 30.0, "with_best": True, "with_sum": True}
         yield Case("reduce_columns", dtype, columns, options)
+        yield Case("write_hidden", dtype, columns, {})
+        yield Case("add_targets", dtype, columns, {})
 
 
 class _NoDevice:
@@ -127,11 +136,13 @@ def compiled(architecture: int) -> Iterator[tuple[Case, Any]]:
     backends, runtime = (
         importlib.import_module(f"triton.{name}") for name in ("backends.compiler", "runtime")
     )
-    kernels = importlib.import_module("wmtp.triton_softmax")
+    kernels = {name: importlib.import_module(f"wmtp.{name}") for name in KERNELS}
     runtime.driver.set_active(_NoDevice(backends.GPUTarget("cuda", architecture, 32)))
     found: list[Any] = []
-    for name in KERNELS:
-        setattr(kernels, name, _CompiledOnly(getattr(kernels, name), found))
+    for module, names in KERNELS.items():
+        for name in names:
+            kernel = getattr(kernels[module], name)
+            setattr(kernels[module], name, _CompiledOnly(kernel, found))
     for case in cases():
         case.launch(kernels)
         yield case, found.pop()
@@ -185,7 +196,7 @@ def test_kernels_compile_and_keep_to_their_registers(
     wanted = list(cases())
     assert [Case(*(row[name] for name in Case._fields)) for row in found] == wanted
     for row, case in zip(found, wanted, strict=True):
-        everything = case.options["softcap"] > 0
+        everything = case.options.get("softcap", 0.0) > 0
         assert row["STACK"] + row["LOCAL"] <= (MOST_SPILLED if everything else 0), row
         assert everything or row["REG"] <= MOST_REGISTERS, row
         assert row["SHARED"] <= MOST_SHARED, row

@@ -729,7 +729,7 @@ def test_schedules_take_the_route_of_a_gpu(
         made = slabs.corrected_rows(asked, guessed, scale, made, needs)
         kept, held = slabs.forward_held(asked, True)
         some = scale * (scale > 0.5)
-        used = slabs.backward_held(asked, some, kept.base, kept.log_sum, needs, held)
+        used = slabs.backward_held(asked, some, kept.base, kept.log_sum, needs, held, False)
         gradients = (x * some.unit for some in (later, known, made, used) for x in some[:3])
         numbers = [*gradients]
         for some in (columns, local, first, kept):

@@ -205,15 +205,17 @@ def linear_predict(
     *,
     with_correct: bool = False,
     guess: Callable[[Tensor, Tensor], Tensor] | None = None,
+    all_count: bool = False,
 ) -> Predictions:
     """Everything the losses need of the predictions, as ``predict`` gives it for logits.
 
     ``guess`` makes of the cross entropy ``[batch seq heads]`` and of which predictions have been seen
     yet what each is expected to count, but for a common factor, or 0: gradients are made for these in
-    the same pass. What was guessed wrong is corrected in the backward pass, for a price.
+    the same pass. What was guessed wrong is corrected in the backward pass, for a price. ``all_count``:
+    see ``row_losses``.
     """
     if guess is None:
-        rows = row_losses(problem, with_correct)
+        rows = row_losses(problem, with_correct, all_count)
     else:
 
         def of_rows(ce: Tensor, seen: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
 from wmtp.methods import early_rho1
+from wmtp.operators import keeps_logits
 from wmtp.problem import Problem
 from wmtp.row_local import RowLocalWeights, as_operator_takes, weights_from_logits
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
@@ -409,13 +410,40 @@ def _weigh_linear(
             loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
         return loss, used, found
     if callable(weights):
-        guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
+        guess = None
+        if not keeps_logits(problem):
+            guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
         found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
+    if keeps_logits(problem):
+        # Then it costs nothing to know the losses before what they count.
+        count = None if with_stats else _counted(used, valid, head_weights, problem.wide)
+        if count is not None:
+            wanted = torch.where(count.flatten(), problem.target, -1)
+            problem = problem._replace(target=wanted)
+        found = linear_predict(problem, valid, with_correct=with_stats, all_count=count is not None)
+        loss = weighted_mean(
+            found.loss, used, valid, head_weights=head_weights, normalizer=normalizer
+        )
+        return loss, used, found
     factors = _factors(used, valid, head_weights, normalizer, problem.wide)
     loss, found, _ = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
     return loss, used, found
+
+
+def _counted(
+    weights: Tensor | None, valid: Tensor, head_weights: HeadWeights, dtype: torch.dtype
+) -> Bool[Tensor, "batch seq heads"] | None:
+    """Which predictions count in the loss; ``None`` if a gradient wants to know it of the others."""
+    count = valid
+    lambdas = None if head_weights is None else _head_weights(head_weights, valid.to(dtype))
+    for weight in (weights, lambdas):
+        if weight is not None:
+            if weight.requires_grad and torch.is_grad_enabled():
+                return None
+            count = count & (weight != 0)
+    return count
 
 
 def _guess(

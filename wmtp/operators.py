@@ -9,8 +9,8 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-All three, in eager mode and where the budget holds the logits of all rows, keep these for the backward
-pass instead (``slabs.can_hold``).
+Where ``keeps_logits``, the first and the last keep them all for the backward pass instead, and nothing is
+gained by the second.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,17 @@ from wmtp.slabs import (
 )
 
 
-def row_losses(problem: Problem, with_correct: bool) -> Rows:
-    """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias."""
-    if _is_held(problem):
-        held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct)  # pyright: ignore
+def row_losses(problem: Problem, with_correct: bool, all_count: bool = False) -> Rows:
+    """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias.
+
+    Args:
+        problem: the rows.
+        with_correct: see ``Rows``.
+        all_count: whether no upstream gradient of a row with a target will be 0, which otherwise is
+            looked at.
+    """
+    if keeps_logits(problem):
+        held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct, all_count)  # pyright: ignore
         return Rows(*held[:6])
     if _compiled_without_gradient(*problem[:3]):
         return Rows(*_row_losses(*problem, with_correct))  # traced by Dynamo
@@ -57,7 +64,7 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
         with_correct: see ``Rows``.
     """
     needs = _needs(problem)
-    if _is_held(problem) or not (_is_eager(problem) and can_guess(problem, needs)):
+    if keeps_logits(problem) or not (_is_eager(problem) and can_guess(problem, needs)):
         return row_losses(problem, with_correct)
     out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
     return Rows(*out[:6])
@@ -77,11 +84,6 @@ def weighted_row_sum(
     """
     needs = _needs(problem)
     every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
-    if weighting == NOT_LOCAL and _is_held(problem) and _checks.is_plain(factor):
-        wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
-        rows = row_losses(problem._replace(target=wanted), with_correct)
-        total = cast(Tensor, _WeightedTotal.apply(factor, rows.loss))  # pyright: ignore
-        return total, rows._replace(loss=rows.loss.detach())
     inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
     direct = _compiled_without_gradient(*problem[:3], factor)
     run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
@@ -101,8 +103,8 @@ def _is_eager(problem: Problem) -> bool:
     return not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
 
 
-def _is_held(problem: Problem) -> bool:
-    """Whether all logits are kept for the backward pass."""
+def keeps_logits(problem: Problem) -> bool:
+    """Whether all logits are kept for the backward pass: in eager mode, where the budget holds them."""
     return _is_eager(problem) and can_hold(problem, _needs(problem))
 
 
@@ -298,13 +300,13 @@ class _HeldRowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *problem, with_correct = inputs
+        *problem, with_correct, _ = inputs
         rows, held = forward_held(Problem(*problem), with_correct)
         return *rows, *held
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = inputs[4:8]
+        ctx.options, ctx.all_count = inputs[4:8], inputs[9]
         ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -312,43 +314,26 @@ class _HeldRowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if grad_outputs[0] is None:
-            return (None,) * 9
+            return (None,) * 10
         upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         # Another backward pass will want the logits too, or there are several upstream gradients.
         if torch.compiler.is_compiling() or _graph_is_kept() or not _checks.is_plain(upstream):
-            return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 6
-        made: Any = _HeldRowLossesBackward.apply(upstream, *saved, *ctx.options, needs)  # pyright: ignore
-        return *_asked_for(made, needs), *[None] * 6
+            return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7
+        made: Any = _HeldRowLossesBackward.apply(  # pyright: ignore
+            upstream, *saved, *ctx.options, needs, ctx.all_count
+        )
+        return *_asked_for(made, needs), *[None] * 7
 
 
 class _HeldRowLossesBackward(_Once):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         upstream, base, log_sum, *tensors, rows, cells = inputs[:9]
-        *options, needs = inputs[9:]
+        *options, needs, all_count = inputs[9:]
         problem = Problem(*tensors, *options)
         held = Held(rows, cells)
-        return _in_units(backward_held(problem, upstream, base, log_sum, needs, held))
-
-
-class _WeightedTotal(torch.autograd.Function):
-    """``Σ factor · loss``, where a row of factor 0 counts nothing, whatever its loss is."""
-
-    @staticmethod
-    def forward(factor: Tensor, loss: Tensor) -> Tensor:
-        wide = factor.to(loss.dtype)
-        return torch.where(wide != 0, wide * loss, 0).sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor]:
-        factor, loss = ctx.saved_tensors
-        upstream = grad_outputs[0]
-        return (upstream * loss).to(factor.dtype), upstream * factor.to(loss.dtype)
+        return _in_units(backward_held(problem, upstream, base, log_sum, needs, held, all_count))
 
 
 class _GuessedRowLosses(torch.autograd.Function):

@@ -37,6 +37,7 @@ from wmtp.products import (
     scratch_cells,
 )
 from wmtp.slab_softmax import (
+    ColumnSums,
     gradient_over_columns,
     gradient_over_rows,
     growth,
@@ -115,49 +116,56 @@ def _found_in_columns(
     problem: Problem, with_correct: bool, active: Tensor, cells: Tensor, rows: int, columns: int
 ) -> Rows:
     """Everything about the active rows but weights, by slabs of so many rows and columns."""
-    found = problem.empty_rows()
+    found: Rows | None = None
     scratch = scratch_for(_laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)
     for some in parts(len(active), rows):
         block = active[some]
-        size, wanted = filled_up(len(block), rows), problem.target[block]
+        size = filled_up(len(block), rows)
         x = gathered(problem.hidden, block, size)
-        bases: list[Tensor] = []
-        sums: list[Tensor] = []
-        total = torch.zeros_like(found.loss[block])
-        # What no slab holds has no logit.
-        chosen = torch.where(wanted < problem.vocab, total, torch.nan)
-        best, best_at = torch.full_like(total, -math.inf), torch.zeros_like(wanted)
+        seen: list[ColumnSums] = []
         for part in parts(problem.vocab, columns):
             whole = _laid_out(problem, cells, size, part.stop - part.start)
+            # The first product before anything else that can wait: a GPU has nothing to do until then.
             _product(problem, x, part, whole)
-            logits = whole[: len(block)]
-            seen = reduce_columns(
-                logits, wanted - part.start, problem.softcap, with_correct,
-                problem.label_smoothing > 0, scratch,
+            wanted = problem.target[block] - part.start
+            seen.append(
+                reduce_columns(
+                    whole[: len(block)], wanted, problem.softcap, with_correct,
+                    problem.label_smoothing > 0, scratch,
+                )
             )  # fmt: skip
-            bases.append(seen.base)
-            sums.append(seen.log_sum)
-            chosen = chosen + seen.chosen
-            if problem.label_smoothing:
-                total = total + seen.total
-            if with_correct:
-                better = seen.best > best
-                best = torch.where(better, seen.best, best)
-                best_at = torch.where(better, seen.best_at + part.start, best_at)
-        base, log_sum = _merged(bases, sums)
-        ce = (base - chosen) + log_sum
-        loss = ce
-        if problem.label_smoothing:
-            uniform = (base - total / problem.vocab) + log_sum
-            loss = torch.lerp(ce, uniform, problem.label_smoothing)
-        if problem.z_loss:
-            loss = loss + problem.z_loss * (base + log_sum).square()
-        found.loss[block], found.ce[block] = loss, ce
-        found.base[block], found.log_sum[block] = base, log_sum
-        found.weight[block] = 1
-        if with_correct:
-            found.correct[block] = best_at == wanted
-    return found
+        done = _whole_rows(problem, problem.target[block], seen, columns)
+        if len(block) == len(problem.target):
+            return done
+        if found is None:
+            found = problem.empty_rows()
+        _put(found, block, done)
+    return problem.empty_rows() if found is None else found
+
+
+def _whole_rows(problem: Problem, wanted: Tensor, seen: list[ColumnSums], columns: int) -> Rows:
+    """Everything about rows, from what each so many columns tell of them."""
+    base, log_sum = _merged(seen)
+    chosen = sum((some.chosen for some in seen[1:]), seen[0].chosen)
+    # What no slab holds has no logit.
+    chosen = torch.where(wanted < problem.vocab, chosen, torch.nan)
+    ce = (base - chosen) + log_sum
+    loss = ce.clone()
+    if problem.label_smoothing:
+        total = sum((some.total for some in seen[1:]), seen[0].total)
+        uniform = (base - total / problem.vocab) + log_sum
+        loss = torch.lerp(ce, uniform, problem.label_smoothing)
+    if problem.z_loss:
+        loss = loss + problem.z_loss * (base + log_sum).square()
+    correct = torch.zeros_like(wanted, dtype=torch.bool)
+    if len(seen[0].best):
+        best, best_at = torch.full_like(ce, -math.inf), torch.zeros_like(wanted)
+        for index, some in enumerate(seen):
+            better = some.best > best
+            best = torch.where(better, some.best, best)
+            best_at = torch.where(better, some.best_at + index * columns, best_at)
+        correct = best_at == wanted
+    return Rows(loss, ce, base, log_sum, correct, torch.ones_like(ce))
 
 
 def forward_backward_rows(
@@ -287,8 +295,11 @@ def backward_columns(
     """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     summed = len(active) * problem.hidden.shape[1] * problem.wide.itemsize
-    size = _column_slab(problem, len(active), _copied_bytes(problem, active) + summed)
-    return _summed_over_columns(problem, upstream, base, log_sum, needs, active, *size, None, None)
+    rows, columns = _column_slab(problem, len(active), _copied_bytes(problem, active) + summed)
+    cells = problem.hidden.new_empty(rows * _apart(problem, columns))
+    filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
+    known = _known_of(problem, upstream, base, log_sum, active)
+    return _summed_over_columns(problem, needs, known, filled, cells, rows, columns)
 
 
 def backward_held(
@@ -298,42 +309,85 @@ def backward_held(
     log_sum: Tensor,
     needs: list[bool],
     held: Held,
+    all_count: bool,
 ) -> Gradients:
-    """The same from logits that were held, which are used up."""
-    count = ((problem.target >= 0) & (upstream != 0))[held.rows]
-    # Those that count, in the places of the first: a row before these that does not count is
-    # replaced by one behind them that does. Nothing is read where something is written.
-    size = int(count.sum())
-    source = torch.arange(size, device=count.device)
-    if size < len(count):
-        source[(~count[:size]).nonzero().squeeze(1)] = size + count[size:].nonzero().squeeze(1)
-    active = held.rows[source]
+    """The same from logits that were held, which are used up; ``all_count``: see ``row_losses``."""
+    active, source, size = held.rows, None, None
+    if not all_count:
+        count = upstream[active] != 0
+        size = count.sum()
+        source = _moved_together(count, size)
+        active = active[source]
+    x = gathered(problem.hidden, active, len(active))
+    known = _known_of(problem, upstream, base, log_sum, active)
+    if source is not None and size is not None:
+        # Waited for when everything else is on its way: a GPU has nothing to do until then.
+        left = int(size)
+        known, x = _Known(*(column[:left] for column in known)), x[:left]
+        source = source[:left] if left < len(source) else None
     return _summed_over_columns(
-        problem, upstream, base, log_sum, needs, active, len(held.rows), problem.vocab,
-        held, source if size < len(count) else None,
-    )  # fmt: skip
+        problem, needs, known, x, held.cells, len(held.rows), problem.vocab, True, source
+    )
+
+
+def _moved_together(count: Tensor, size: Tensor) -> Tensor:
+    """Where the logits of rows come from so that those that count, ``size`` of them, come first.
+
+    These stay where they are, but the last of them take the places of rows that do not count: nothing is
+    read where something is written, in whatever order.
+    """
+    place = torch.arange(len(count), device=count.device)
+    inside = place < size
+    hole, late = ~count & inside, count & ~inside
+    # There are as many of the one as of the other.
+    filling = torch.empty_like(place)
+    filling[torch.where(late, late.cumsum(0) - 1, -1)] = place
+    return torch.where(hole, filling[(hole.cumsum(0) - 1).clamp(min=0)], place)
+
+
+class _Known(NamedTuple):
+    """What is known of the rows of a backward pass; all ``[rows]``.
+
+    Attributes:
+        rows: where they are in the problem.
+        factor: upstream gradient, in the wide dtype.
+        wanted: target.
+        base: see ``Rows``.
+        log_sum: see ``Rows``.
+    """
+
+    rows: Tensor
+    factor: Tensor
+    wanted: Tensor
+    base: Tensor
+    log_sum: Tensor
+
+
+def _known_of(
+    problem: Problem, upstream: Tensor, base: Tensor, log_sum: Tensor, active: Tensor
+) -> _Known:
+    upstream = upstream.to(problem.wide)
+    some = (column[active] for column in (upstream, problem.target, base, log_sum))
+    return _Known(active, *some)
 
 
 def _summed_over_columns(
     problem: Problem,
-    upstream: Tensor,
-    base: Tensor,
-    log_sum: Tensor,
     needs: list[bool],
-    active: Tensor,
+    known: _Known,
+    filled: Tensor,
+    cells: Tensor,
     rows: int,
     columns: int,
-    held: Held | None,
-    source: Tensor | None,
+    is_held: bool = False,
+    source: Tensor | None = None,
 ) -> Gradients:
-    """Gradients from the active rows, by slabs of so many rows and columns.
+    """Gradients from some rows and their hidden states, by slabs of so many rows and columns.
 
-    With ``held`` there is one slab, whose logits are there already: in the order of the active rows, or
-    where ``source`` says.
+    With ``is_held`` there is one slab, whose logits are there already: in the order of the rows, or where
+    ``source`` says.
     """
-    factor, wanted = upstream[active].to(problem.wide), problem.target[active]
-    base, log_sum = base[active], log_sum[active]
-    filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
+    active, factor, wanted, base, log_sum = known
     x, weight = filled[: len(active)], problem.unembedding
     grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor
     unit = _unit(grown, x, weight)
@@ -347,7 +401,6 @@ def _summed_over_columns(
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
-    cells = x.new_empty(rows * _apart(problem, columns)) if held is None else held.cells
     tiled = _laid_out(problem, cells, rows, columns)
     scratch = scratch_for(tiled, problem.slab_bytes // 16, _sum_cells(problem))
     for part in parts(problem.vocab if len(active) else 0, columns):
@@ -359,7 +412,7 @@ def _summed_over_columns(
             whole = slice(block.start, min(block.start + rows, len(filled)))
             size = whole.stop - whole.start
             made = _laid_out(problem, cells, size, part.stop - part.start)
-            if held is None:
+            if not is_held:
                 _product(problem, filled[whole], part, made)
             logits = made[: block.stop - block.start]
             at_target[block] += gradient_over_columns(
@@ -492,11 +545,11 @@ def _product(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:
     logits_of(x, problem.unembedding[part], bias, out)
 
 
-def _merged(parts_base: list[Tensor], parts_sum: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _merged(seen: list[ColumnSums]) -> tuple[Tensor, Tensor]:
     """Base and log-sum of whole rows from those of their parts."""
-    if len(parts_base) == 1:
-        return parts_base[0], parts_sum[0]
-    bases, sums = torch.stack(parts_base, 1), torch.stack(parts_sum, 1)
+    if len(seen) == 1:
+        return seen[0].base, seen[0].log_sum
+    bases, sums = (torch.stack([some[i] for some in seen], 1) for i in range(2))
     largest = (bases + sums).argmax(1, keepdim=True)
     base = bases.gather(1, largest)
     return base.squeeze(1), ((bases - base) + sums).logsumexp(1)
@@ -555,7 +608,9 @@ def _row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
 
 def _apart(problem: Problem, columns: int) -> int:
     """How many cells from one row of a slab to the next."""
-    return columns + (-columns % _ALIGNED_COLUMNS_GPU if problem.hidden.is_cuda else 0)
+    # A GPU's product adds a bias before it rounds only where nothing lies between the rows.
+    aligned = problem.hidden.is_cuda and problem.bias is None
+    return columns + (-columns % _ALIGNED_COLUMNS_GPU if aligned else 0)
 
 
 def _laid_out(problem: Problem, cells: Tensor, rows: int, columns: int) -> Tensor:

@@ -20,11 +20,11 @@ import triton.language as tl  # pyright: ignore[reportMissingImports, reportMiss
 from torch import Tensor
 
 
-# Hidden states that a program takes at a time.
+# How many numbers of a row a program takes: eight per thread, a vector load of a narrow dtype.
 _LARGEST_BLOCK = 1024
 _SMALLEST_BLOCK = 64
-# Where rows are added: how many at a time, of how many numbers each.
-_TOGETHER, _LARGEST_TILE = 8, 256
+# How many rows are read before the first of them is added.
+_TOGETHER = 4
 
 
 def write_hidden(
@@ -52,7 +52,7 @@ def write_hidden(
         return
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    block = min(max(int(triton.next_power_of_2(dim)), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    block, warps = _block(dim)
     with torch.cuda.device_of(out):
         _write_hidden[(size, triton.cdiv(dim, block))](
             out,
@@ -65,7 +65,7 @@ def write_hidden(
             at_target.contiguous(),
             dim,
             block=block,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -84,9 +84,9 @@ def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor)
     if x.stride(1) != 1:
         x = x.contiguous()
     target, order = torch.sort(wanted, stable=True)
-    tile = min(max(int(triton.next_power_of_2(dim)), _SMALLEST_BLOCK), _LARGEST_TILE)
+    block, warps = _block(dim)
     with torch.cuda.device_of(of_weight):
-        _add_targets[(size, triton.cdiv(dim, tile))](
+        _add_targets[(size, triton.cdiv(dim, block))](
             of_weight,
             target,
             order,
@@ -96,9 +96,15 @@ def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor)
             size,
             dim,
             together=_TOGETHER,
-            tile=tile,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
+            block=block,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )
+
+
+def _block(dim: int) -> tuple[int, int]:
+    """How many numbers a program takes, and with how many warps."""
+    block = min(max(int(triton.next_power_of_2(dim)), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    return block, max(1, block // 256)
 
 
 @triton.jit
@@ -137,9 +143,9 @@ def _add_targets(
     size,
     dim,
     together: tl.constexpr,
-    tile: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """One program per row, of those that are sorted by their targets, and tile of its numbers.
+    """One program per row, of those that are sorted by their targets, and block of its numbers.
 
     The first row of a target adds up all of them; the programs of the others have nothing to do.
     """
@@ -147,22 +153,23 @@ def _add_targets(
     own = tl.load(target + first)
     before = tl.load(target + first - 1, mask=first > 0, other=-1)
     if own != before:  # pragma: no branch (the interpreter's copy ends elsewhere)
-        column = tl.program_id(1) * tile + tl.arange(0, tile)
+        column = tl.program_id(1) * block + tl.arange(0, block)
         inside = column < dim
         place = of_weight + own * dim + column
-        total = tl.zeros([tile], tl.float32)
-        start = first
+        total = tl.zeros([block], tl.float32)
+        done = 0
         more = 1
         while more > 0:
-            at = start + tl.arange(0, together)
-            same = (at < size) & (tl.load(target + at, mask=at < size, other=-1) == own)
-            row = tl.load(order + at, mask=same, other=0)
-            count = tl.load(at_target + row, mask=same, other=0.0)
-            cells = x + (row * stride)[:, None] + column[None, :]
-            some = tl.load(cells, mask=same[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            total += tl.sum(some * count[:, None], 0)
-            start += together
-            # All of them are the same target's: there may be more.
-            more = tl.min(same.to(tl.int32), 0)
+            for ahead in tl.static_range(together):  # pyright: ignore[reportGeneralTypeIssues]
+                # Of what is behind the last of them nothing is read.
+                at = first + done + ahead
+                same = (at < size) & (tl.load(target + at, mask=at < size, other=-1) == own)
+                row = tl.load(order + at, mask=same, other=0)
+                count = tl.load(at_target + row, mask=same, other=0.0)
+                width = tl.where(same, dim, 0)
+                some = tl.load(x + row * stride + column, mask=column < width, other=0.0)
+                total += count * some.to(tl.float32)
+                more = same.to(tl.int32)
+            done += together
         old = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         tl.store(place, old + total, mask=inside)

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -96,16 +97,19 @@ def interleaved(
 ) -> dict[Key, list[float]]:
     """Seconds of every job, which take turns so that the machine's mood meets all of them.
 
-    A first turn warms up and is not counted. After ``minutes`` no further turn is begun, but two are
-    always made: a median of less says nothing.
+    In another order each time: what comes after a job that heats the chip is slower. A first turn warms
+    up and is not counted. After ``minutes`` no further turn is begun, but two are always made: a median
+    of less says nothing.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in jobs}
+    order, rng = list(jobs), random.Random(0)
     start = time.perf_counter()
     for turn in range(rounds + 1):
         if turn > 2 and time.perf_counter() - start > 60 * minutes:
             break
-        for key, job in jobs.items():
-            took = timed(job, device)
+        rng.shuffle(order)
+        for key in order:
+            took = timed(jobs[key], device)
             if turn:
                 seconds[key].append(took)
     return seconds

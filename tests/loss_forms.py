@@ -1,6 +1,8 @@
 """Every form of the weighted loss, and of the oracle's, behind one call.
 
-"held" is the linear form where the logits are kept for the backward pass, as a GPU does.
+"held" is the linear form where the logits are kept for the backward pass, as on a GPU. Where tests keep
+the graph, to ask again, these are left alone and made anew; "used up" is the same as if the graph was not
+kept, so that the gradient is written over them. A test that asks twice takes ``KEPT_FORMS``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from wmtp import (
 WEIGHTS = st.sampled_from(["prediction", "token", "none"])
 NORMALIZERS = st.sampled_from(["weights", "tokens", 7.5, 3])
 HEAD_WEIGHTS = st.sampled_from(["given", None])
-FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held"])
+KEPT_FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held"])
+FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held", "used up"])
 
 
 def head_weights_of(case: Batch, kind: str | None) -> list[float] | None:
@@ -61,7 +64,7 @@ def apply(
         function = weighted_mtp_loss_and_stats if stats else weighted_mtp_loss
         return function(tensors[0], labels, weights, **options)
     linear = linear_weighted_mtp_loss_and_stats if stats else linear_weighted_mtp_loss
-    with held_logits() if form == "held" else nullcontext():
+    with nullcontext() if form == "linear" else held_logits():
         return linear(tensors[0], tensors[1], labels, weights, bias=tensors[2], **options)
 
 

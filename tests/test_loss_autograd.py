@@ -23,6 +23,7 @@ from tests.helpers import (
 )
 from tests.loss_forms import (
     FORMS,
+    KEPT_FORMS,
     WEIGHTS,
     apply,
     known,
@@ -89,7 +90,7 @@ def test_every_subset_of_dense_inputs_that_require_grad(
             close(x.grad, expected)
 
 
-@FORMS
+@KEPT_FORMS
 @pytest.mark.parametrize("normalizer", ["weights", "tokens", 6.0])
 @pytest.mark.parametrize("shape", ["token", "prediction"])
 def test_gradcheck(form: str, normalizer: str | float, shape: str) -> None:
@@ -115,7 +116,7 @@ def test_gradcheck(form: str, normalizer: str | float, shape: str) -> None:
     assert torch.autograd.gradcheck(loss, [*leaves_of(case, form), leaf(weights)])
 
 
-@FORMS
+@KEPT_FORMS
 @given(case=batches(min_batch=1, label_dims=(2,)), kind=WEIGHTS)
 def test_backward_twice_gives_the_same(form: str, case: Batch, kind: str) -> None:
     tensors, weights = leaves_of(case, form), case.weights(kind)

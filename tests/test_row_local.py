@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.helpers import close, grads, leaf, peak_bytes
+from tests.loss_forms import apply
 from tests.strategies import Batch, batches, integers, mask, normal
 from wmtp import (
     RowLocalWeights,
@@ -85,12 +86,11 @@ def test_dense_and_linear_follow_plain_loops(
         leaves[0], leaves[1], case.labels, weights, bias=leaves[2], **options
     )
     row_local = RowLocalWeights(kind, power)
-    linear = linear_weighted_mtp_loss(
-        leaves[0], leaves[1], case.labels, row_local, bias=leaves[2], **options
-    )
-    close(linear, loss)
-    for got, name in zip(grads(linear, leaves), ("hidden", "unembedding", "bias"), strict=True):
-        close(got, expected[name])
+    for form in ("linear", "held"):
+        linear = apply(form, leaves, case.labels, row_local, **options)
+        close(linear, loss)
+        for got, name in zip(grads(linear, leaves), ("hidden", "unembedding", "bias"), strict=True):
+            close(got, expected[name])
     wide = leaf(logits)
     dense = weighted_mtp_loss(wide, case.labels, row_local, **options)
     close(dense, loss)

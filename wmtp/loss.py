@@ -24,7 +24,13 @@ from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_wei
 from wmtp.methods import early_rho1
 from wmtp.operators import keeps_logits
 from wmtp.problem import Problem
-from wmtp.row_local import RowLocalWeights, as_operator_takes, weights_from_logits
+from wmtp.row_local import (
+    RowLocalWeights,
+    as_operator_takes,
+    needs_whole_rows,
+    weights_from_ce,
+    weights_from_logits,
+)
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
 
 
@@ -394,6 +400,10 @@ def _weigh_linear(
     products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
     Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
+    if keeps_logits(problem) and not needs_whole_rows(weights):
+        return _weigh_held(
+            problem, valid, weights, offsets, head_weights, normalizer, with_stats=with_stats
+        )
     if isinstance(weights, RowLocalWeights):
         # The weights are not known yet, and neither is a denominator made of them.
         by_weights = normalizer == "weights"
@@ -410,26 +420,40 @@ def _weigh_linear(
             loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
         return loss, used, found
     if callable(weights):
-        guess = None
-        if not keeps_logits(problem):
-            guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
+        guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
         found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
-    if keeps_logits(problem):
-        # Then it costs nothing to know the losses before what they count.
-        count = None if with_stats else _counted(used, valid, head_weights, problem.wide)
-        if count is not None:
-            wanted = torch.where(count.flatten(), problem.target, -1)
-            problem = problem._replace(target=wanted)
-        found = linear_predict(problem, valid, with_correct=with_stats, all_count=count is not None)
-        loss = weighted_mean(
-            found.loss, used, valid, head_weights=head_weights, normalizer=normalizer
-        )
-        return loss, used, found
     factors = _factors(used, valid, head_weights, normalizer, problem.wide)
     loss, found, _ = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
     return loss, used, found
+
+
+def _weigh_held(
+    problem: Problem,
+    valid: Tensor,
+    weights: Tensor | WeightFunction | RowLocalWeights | None,
+    offsets: Offsets | None,
+    head_weights: HeadWeights,
+    normalizer: Normalizer,
+    *,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor | None, Predictions]:
+    """The same where the logits are kept: it costs nothing to know the losses before what they count.
+
+    One product for all that may count, and two for those that do, whatever determines it.
+    """
+    count = None
+    if isinstance(weights, Tensor | None):
+        weights = _align_weights(weights, valid, offsets)
+        if not with_stats:
+            count = _counted(weights, valid, head_weights, problem.wide)
+    if count is not None:
+        problem = problem._replace(target=torch.where(count.flatten(), problem.target, -1))
+    found = linear_predict(problem, valid, with_correct=with_stats, all_count=count is not None)
+    if isinstance(weights, RowLocalWeights):
+        weights = weights_from_ce(weights, found.ce)
+    return *_weigh(found, weights, offsets, head_weights, normalizer), found
 
 
 def _counted(

@@ -47,7 +47,7 @@ def row_losses(problem: Problem, with_correct: bool, all_count: bool = False) ->
     """
     if keeps_logits(problem):
         held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct, all_count)  # pyright: ignore
-        return Rows(*held[:6])
+        return Rows(*held)
     if _compiled_without_gradient(*problem[:3]):
         return Rows(*_row_losses(*problem, with_correct))  # traced by Dynamo
     return Rows(*_RowLosses.apply(*problem, with_correct))  # pyright: ignore
@@ -233,10 +233,10 @@ def _fake_gradients(
 
 def _in_units(gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients as they are, in the dtype of the inputs."""
-    of_hidden, of_unembedding, of_bias, unit = gradients
-    if of_hidden.dtype == torch.float16:
-        for gradient in gradients[:3]:
-            gradient.mul_(unit)
+    *made, unit = gradients
+    if made[0].dtype == torch.float16:
+        made = _scale_(unit, torch.float16, made)
+    of_hidden, of_unembedding, of_bias = made
     return of_hidden, of_unembedding, of_bias
 
 
@@ -296,20 +296,21 @@ class _RowLossesBackward(_Once):
 
 
 class _HeldRowLosses(torch.autograd.Function):
-    """Keeps the logits that the forward pass has made, for the first backward pass to use up."""
+    """Keeps the logits that the forward pass has made, for the first backward pass to use up.
+
+    Never under a transform, so it does without ``setup_context``, which costs a look at its signature in
+    every call.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *problem, with_correct, _ = inputs
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *problem, with_correct, all_count = inputs
         rows, held = forward_held(Problem(*problem), with_correct)
-        return *rows, *held
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.all_count = inputs[4:8], inputs[9]
-        ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.options, ctx.all_count = problem[4:], all_count
+        ctx.save_for_backward(*rows[2:4], *problem[:4], *held)
+        ctx.mark_non_differentiable(*rows[1:])
         ctx.set_materialize_grads(False)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -318,22 +319,20 @@ class _HeldRowLosses(torch.autograd.Function):
         upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         # Another backward pass will want the logits too, or there are several upstream gradients.
-        if torch.compiler.is_compiling() or _graph_is_kept() or not _checks.is_plain(upstream):
+        again = torch.is_grad_enabled() or _graph_is_kept()
+        if again or torch.compiler.is_compiling() or not _checks.is_plain(upstream):
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7
-        made: Any = _HeldRowLossesBackward.apply(  # pyright: ignore
-            upstream, *saved, *ctx.options, needs, ctx.all_count
+        base, log_sum, *tensors, rows, cells = saved
+        gradients = backward_held(
+            Problem(*tensors, *ctx.options),
+            upstream,
+            base,
+            log_sum,
+            needs,
+            Held(rows, cells),
+            ctx.all_count,
         )
-        return *_asked_for(made, needs), *[None] * 7
-
-
-class _HeldRowLossesBackward(_Once):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        upstream, base, log_sum, *tensors, rows, cells = inputs[:9]
-        *options, needs, all_count = inputs[9:]
-        problem = Problem(*tensors, *options)
-        held = Held(rows, cells)
-        return _in_units(backward_held(problem, upstream, base, log_sum, needs, held, all_count))
+        return *_asked_for(_in_units(gradients), needs), *[None] * 7
 
 
 class _GuessedRowLosses(torch.autograd.Function):

@@ -73,17 +73,30 @@ def as_operator_takes(weights: RowLocalWeights) -> RowLocal:
     return RowLocal(weights.kind, float(weights.power))
 
 
+def needs_whole_rows(weights: object) -> bool:
+    """Whether these are weights that the target's probability alone does not determine."""
+    return isinstance(weights, RowLocalWeights) and weights.kind not in ("dft", "focal")
+
+
+def weights_from_ce(
+    weights: RowLocalWeights, ce: Float[Tensor, "batch seq heads"]
+) -> Float[Tensor, "batch seq heads"]:
+    """The weights that the target's probability determines."""
+    kind, power = as_operator_takes(weights)
+    with torch.no_grad():
+        score = torch.exp(-ce) if kind == "dft" else -torch.expm1(-ce)
+        return score.clamp(min=0).pow(power)
+
+
 def weights_from_logits(
     weights: RowLocalWeights, logits: Tensor, found: Predictions, objective: Objective
 ) -> Float[Tensor, "batch seq heads"]:
     """What the linear losses make slab by slab, from whole logits; anything where there is no target."""
     kind, power = as_operator_takes(weights)
+    if not needs_whole_rows(weights):
+        return weights_from_ce(weights, found.ce)
     with torch.no_grad():
-        if kind == "dft":
-            score = torch.exp(-found.ce)
-        elif kind == "focal":
-            score = -torch.expm1(-found.ce)
-        elif kind == "entropy":
+        if kind == "entropy":
             score = predictive_entropy(logits, softcap=objective.softcap)
         else:
             targets = torch.where(found.valid, found.target, IGNORE_INDEX)

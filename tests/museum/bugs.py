@@ -495,9 +495,9 @@ WEIGHTS = (
         "the probability that weights a token is rounded to bfloat16",
         "Liger-Kernel `use_token_scaling`, softmax in the dtype of the logits",
         "wmtp/row_local.py",
-        """            score = torch.exp(-found.ce)
+        """        score = torch.exp(-ce) if kind == "dft" else -torch.expm1(-ce)
 """,
-        """            score = torch.exp(-found.ce).to(logits.dtype).to(found.ce.dtype)
+        """        score = torch.exp(-ce).bfloat16().to(ce.dtype) if kind == "dft" else -torch.expm1(-ce)
 """,
         "test_row_local.py",
     ),

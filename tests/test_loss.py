@@ -775,3 +775,28 @@ def test_the_smallest_normalizer_has_a_reciprocal() -> None:
     logits, labels = torch.zeros(1, 3, 2, 4), torch.ones(1, 3, dtype=torch.int64)
     logits[..., 1] = 1e3
     assert weighted_mtp_loss(logits, labels, normalizer=torch.finfo(torch.float32).tiny) == 0
+
+
+@pytest.mark.parametrize("weights", ["none", "known", "from the losses", "row-local"])
+@pytest.mark.parametrize("stats", [False, True])
+def test_on_a_gpu_evaluation_asks_what_counts_when_the_losses_are_known(
+    weights: str, stats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, unembedding, labels = normal(0, 2, 5, 3, 4), normal(1, 7, 4), integers(2, 7, 2, 5)
+    given: Any = {
+        "none": None,
+        "known": uniform(3, 2, 5, 3) * mask(4, 2, 5, 3),
+        "from the losses": lambda ce, valid: ce * valid,
+        "row-local": wmtp.RowLocalWeights("focal"),
+    }[weights]
+    loss = wmtp.linear_weighted_mtp_loss_and_stats if stats else wmtp.linear_weighted_mtp_loss
+
+    def found() -> Any:
+        return loss(hidden, unembedding, labels, given, head_weights=[1.0, 0.0, 0.5])
+
+    expected = found()
+    monkeypatch.setattr(wmtp.loss, "counts_late", lambda _: True)
+    # The statistics come first to last as they are named.
+    pairs = zip(torch.utils._pytree.tree_leaves(found()), torch.utils._pytree.tree_leaves(expected))
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)

@@ -210,7 +210,7 @@ def labels_in_range(
         return
     if targets.device.type != "cpu" and not (on_any_device and targets.is_cuda):
         return
-    wrong = valid & ((targets < 0) | (targets >= vocab))
+    wrong = valid & (targets != targets.clamp(0, vocab - 1))
     if wrong.any():
         where = tuple(int(i) for i in wrong.nonzero()[0])
         raise LabelRangeError(

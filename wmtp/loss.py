@@ -22,7 +22,7 @@ from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
 from wmtp.methods import early_rho1
-from wmtp.operators import keeps_logits
+from wmtp.operators import counts_late
 from wmtp.problem import Problem
 from wmtp.row_local import (
     RowLocalWeights,
@@ -400,8 +400,8 @@ def _weigh_linear(
     products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
     Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
-    if keeps_logits(problem) and not needs_whole_rows(weights):
-        return _weigh_held(
+    if counts_late(problem) and not needs_whole_rows(weights):
+        return _weigh_late(
             problem, valid, weights, offsets, head_weights, normalizer, with_stats=with_stats
         )
     if isinstance(weights, RowLocalWeights):
@@ -429,7 +429,7 @@ def _weigh_linear(
     return loss, used, found
 
 
-def _weigh_held(
+def _weigh_late(
     problem: Problem,
     valid: Tensor,
     weights: Tensor | WeightFunction | RowLocalWeights | None,
@@ -439,7 +439,7 @@ def _weigh_held(
     *,
     with_stats: bool,
 ) -> tuple[Tensor, Tensor | None, Predictions]:
-    """The same where the logits are kept: it costs nothing to know the losses before what they count.
+    """The same where it costs nothing to know the losses before what they count.
 
     One product for all that may count, and two for those that do, whatever determines it.
     """

@@ -108,6 +108,16 @@ def keeps_logits(problem: Problem) -> bool:
     return _is_eager(problem) and can_hold(problem, _needs(problem))
 
 
+def counts_late(problem: Problem) -> bool:
+    """Whether nothing is gained by knowing what rows count before their losses.
+
+    Where the logits are kept; and on a GPU where no gradient is wanted, which has its product the sooner.
+    """
+    if keeps_logits(problem):
+        return True
+    return problem.hidden.is_cuda and _is_eager(problem) and not any(_needs(problem))
+
+
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
     """Whether Dynamo traces a call that needs no gradient: it cannot trace a Function then.
 

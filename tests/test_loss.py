@@ -51,6 +51,9 @@ from tests.strategies import (
 )
 from wmtp import (
     MTPLossStats,
+    RowLocalWeights,
+    linear_weighted_mtp_loss,
+    linear_weighted_mtp_loss_and_stats,
     mtp_ce_loss,
     mtp_targets,
     rho1_weights,
@@ -787,16 +790,13 @@ def test_on_a_gpu_evaluation_asks_what_counts_when_the_losses_are_known(
         "none": None,
         "known": uniform(3, 2, 5, 3) * mask(4, 2, 5, 3),
         "from the losses": lambda ce, valid: ce * valid,
-        "row-local": wmtp.RowLocalWeights("focal"),
+        "row-local": RowLocalWeights("focal"),
     }[weights]
-    loss = wmtp.linear_weighted_mtp_loss_and_stats if stats else wmtp.linear_weighted_mtp_loss
+    loss: Any = linear_weighted_mtp_loss_and_stats if stats else linear_weighted_mtp_loss
 
     def found() -> Any:
         return loss(hidden, unembedding, labels, given, head_weights=[1.0, 0.0, 0.5])
 
     expected = found()
-    monkeypatch.setattr(wmtp.loss, "counts_late", lambda _: True)
-    # The statistics come first to last as they are named.
-    pairs = zip(torch.utils._pytree.tree_leaves(found()), torch.utils._pytree.tree_leaves(expected))
-    for one, other in pairs:
-        torch.testing.assert_close(one, other)
+    monkeypatch.setattr("wmtp.loss.counts_late", lambda _: True)
+    torch.testing.assert_close(found(), expected)

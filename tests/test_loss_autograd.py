@@ -44,6 +44,7 @@ from tests.strategies import (
 from wmtp import (
     linear_weighted_mtp_loss,
     mtp_targets,
+    top_k_weights,
     weighted_mtp_loss,
 )
 
@@ -356,3 +357,25 @@ def test_statistics_of_micro_batches_add() -> None:
     ]
     for name in ("head_loss", "head_accuracy", "weight_sum", "token_count"):
         close(getattr(parts[0], name) + getattr(parts[1], name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.6, 1.0])
+@FORMS
+def test_a_selection_of_predictions_that_all_have_targets(form: str, keep: float) -> None:
+    """Where every prediction counts before the losses are known, and only some of them after."""
+    labels = integers(1, 9, 2, 7, 2)
+    case = Batch(batch=2, seq=7, heads=2, vocab=9, dim=4, offsets=None, labels=labels, seed=3)
+    leaves = leaves_of(case, form)
+    seen: list[Tensor] = []
+
+    def weights(ce: Tensor, valid: Tensor) -> Tensor:
+        assert bool(valid.all())
+        seen.append(top_k_weights(ce, valid, keep=keep))
+        return seen[0]
+
+    loss = apply(form, leaves, labels, weights)
+    found = torch.autograd.grad(loss, leaves)
+    expected, gradients = known(form, leaves, labels, seen[0])
+    close(loss, expected)
+    for got, right in zip(found, gradients[:-1], strict=True):
+        close(got, right)

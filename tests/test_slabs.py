@@ -19,10 +19,12 @@ from wmtp import linear_weighted_mtp_loss, slab_softmax, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
 from wmtp.slabs import (
     backward_columns,
+    backward_held,
     corrected_rows,
     forward_backward_rows,
     forward_columns,
     forward_guessing_rows,
+    forward_held,
 )
 
 
@@ -613,3 +615,39 @@ def test_a_target_that_does_not_exist_has_no_loss() -> None:
     found = forward_columns(problem(x, unembedding, target, slab_bytes=10 * 8), True)
     assert found.loss.isnan().tolist() == [False, True, False]
     assert found.correct[1].item() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_target", ["all", "some"])
+@pytest.mark.parametrize("counting", ["none", "few", "most", "all"])
+def test_held_logits_give_the_gradients_of_those_that_are_made_anew(
+    counting: str, with_target: str, dtype: torch.dtype
+) -> None:
+    """Rows that count come together; those with a target may be all there are."""
+    vocab, needs = 50, [True, True, True]
+    x, unembedding = normal(0, ROWS, DIM).to(dtype), normal(1, vocab, DIM).to(dtype)
+    target = integers(2, vocab, ROWS) - (0 if with_target == "all" else 9)
+    asked = problem(x, unembedding, target)._replace(bias=unembedding[:, 0])
+    share = {"none": 0.0, "few": 0.3, "most": 0.7, "all": 1.0}[counting]
+    upstream = uniform(3, ROWS).to(asked.wide) * mask(4, share, ROWS)
+    found = forward_columns(asked, True)
+    right = backward_columns(asked, upstream, found.base, found.log_sum, needs)
+    kept, held = forward_held(asked, True)
+    torch.testing.assert_close(kept, found)
+    used = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, False)
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    for one, other in zip(used, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+    if counting == "all":
+        held = forward_held(asked, True)[1]
+        again = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, True)
+        assert all(torch.equal(one, other) for one, other in zip(again, used, strict=True))
+
+
+@pytest.mark.parametrize("count", [[], [0], [1], [0, 0], [1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 1]])
+def test_rows_that_count_are_moved_together_from_behind(count: list[int]) -> None:
+    kept = torch.tensor(count, dtype=torch.bool)
+    size = int(kept.sum())
+    source = slabs._moved_together(kept, kept.sum())[:size].tolist()
+    assert sorted(source) == [place for place, one in enumerate(count) if one]
+    assert all(at == place or at >= size for place, at in enumerate(source))

@@ -109,7 +109,7 @@ def test_rows_may_lie_apart(module: Any) -> None:
     for one in found[1:]:
         # On a GPU the operations of torch add up what repeats in any order.
         for a, b in zip(one, found[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=2**-22, atol=2**-22)
+            torch.testing.assert_close(a, b, rtol=2**-20, atol=2**-20)
 
 
 @MODULES

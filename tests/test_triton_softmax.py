@@ -698,16 +698,20 @@ def test_the_losses_are_the_same_with_the_kernels_and_without(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("slab_bytes", "options"),
-    [(2**20, {}), (2**13, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0})],
+    ("slab_bytes", "missing", "options"),
+    [(2**20, 0, {}), (2**13, 9, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0})],
 )
 def test_schedules_take_the_route_of_a_gpu(
-    dtype: torch.dtype, slab_bytes: int, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    slab_bytes: int,
+    missing: int,
+    options: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that are aligned, kernels, sums in one operation: the numbers are those of a CPU."""
     rows, vocab, needs = 40, 333, [True, True, True]
     x, unembedding = normal(0, rows, 8).to(dtype), normal(1, vocab, 8).to(dtype)
-    target, factor = integers(2, vocab, rows) - 9, uniform(3, rows).float()
+    target, factor = integers(2, vocab, rows) - missing, uniform(3, rows).float()
     seen: list[str] = []
     monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
 

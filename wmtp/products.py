@@ -43,9 +43,9 @@ def filled_up(rows: int, most: int) -> int:
 
 
 def gathered(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Some rows, all different, and as many rows of zeros behind them as ``size`` asks for.
+    """Some rows, in ascending order, and as many rows of zeros behind them as ``size`` asks for.
 
-    All of them are not copied: their order can only be the one they have.
+    All of them are not copied.
     """
     if len(rows) == len(hidden) == size and hidden.is_contiguous():
         return hidden

@@ -312,22 +312,20 @@ def backward_held(
     all_count: bool,
 ) -> Gradients:
     """The same from logits that were held, which are used up; ``all_count``: see ``row_losses``."""
-    active, source, size = held.rows, None, None
-    if not all_count:
-        count = upstream[active] != 0
-        size = count.sum()
-        source = _moved_together(count, size)
-        active = active[source]
-    x = gathered(problem.hidden, active, len(active))
-    known = _known_of(problem, upstream, base, log_sum, active)
-    if source is not None and size is not None:
-        # Waited for when everything else is on its way: a GPU has nothing to do until then.
-        left = int(size)
-        known, x = _Known(*(column[:left] for column in known)), x[:left]
-        source = source[:left] if left < len(source) else None
-    return _summed_over_columns(
-        problem, needs, known, x, held.cells, len(held.rows), problem.vocab, True, source
-    )
+    slab = held.cells, len(held.rows), problem.vocab, True
+    if all_count:
+        known = _known_of(problem, upstream, base, log_sum, held.rows)
+        x = gathered(problem.hidden, held.rows, len(held.rows))
+        return _summed_over_columns(problem, needs, known, x, *slab)
+    count = upstream[held.rows] != 0
+    size = count.sum()
+    source = _moved_together(count, size)
+    active = held.rows[source]
+    known, x = _known_of(problem, upstream, base, log_sum, active), problem.hidden[active]
+    # Waited for when everything else is on its way: a GPU has nothing to do until then.
+    left = int(size)
+    known = _Known(*(column[:left] for column in known))
+    return _summed_over_columns(problem, needs, known, x[:left], *slab, source[:left])
 
 
 def _moved_together(count: Tensor, size: Tensor) -> Tensor:

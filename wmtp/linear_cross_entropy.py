@@ -62,7 +62,8 @@ def linear_mtp_ce_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients. On CUDA,
+            in eager mode, logits that fit in it altogether are kept until the backward pass.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -70,8 +71,8 @@ def linear_mtp_ce_loss(
         gradients themselves raises (use ``mtp_ce_loss`` for that).
 
     Raises:
-        ValueError: as ``mtp_ce_loss``; hidden and unembedding of different dims, dtypes or devices;
-            a slab smaller than one row of logits.
+        ValueError: as ``mtp_ce_loss``, for a label on a GPU too; hidden and unembedding of different
+            dims, dtypes or devices; a slab smaller than one row of logits.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

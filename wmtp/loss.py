@@ -155,7 +155,7 @@ def linear_weighted_mtp_loss(
     softcap: float | None = None,
     slab_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
-    """``weighted_mtp_loss`` on ``hidden @ unembedding.T + bias``, never holding the logits.
+    """``weighted_mtp_loss`` on ``hidden @ unembedding.T + bias``, never holding more logits than a slab.
 
     One call covers all heads and gives one gradient of the unembedding. Predictions without a target
     enter no product; in the backward pass neither do those of weight 0.
@@ -165,7 +165,7 @@ def linear_weighted_mtp_loss(
     pass. The last is asked several times, as the cross entropy comes in, which predictions it would
     keep; what it says when it knows all is what counts, and rows that were guessed wrong are corrected
     in the backward pass. Any other function is called once, and the logits of what it keeps are made
-    twice.
+    twice. On CUDA, where ``slab_bytes`` holds all logits, they are made once whatever the weights.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.
@@ -182,7 +182,8 @@ def linear_weighted_mtp_loss(
         softcap: positive bound of the logits, or ``None``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients. On CUDA,
+            in eager mode, logits that fit in it altogether are kept until the backward pass.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,

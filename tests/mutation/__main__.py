@@ -72,6 +72,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_products.py", "test_linear_cross_entropy.py", "test_loss_autograd.py", "test_row_local.py",
         "test_guesses.py",
     ),
+    "target_rows": ("test_target_rows.py", "test_slabs.py", "test_unchecked.py"),
     "slab_softmax": (
         "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
         "test_loss_autograd.py", "test_unchecked.py", "test_precision.py",

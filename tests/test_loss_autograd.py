@@ -44,6 +44,7 @@ from tests.strategies import (
 from wmtp import (
     linear_weighted_mtp_loss,
     mtp_targets,
+    slabs,
     top_k_weights,
     weighted_mtp_loss,
 )
@@ -379,3 +380,23 @@ def test_a_selection_of_predictions_that_all_have_targets(form: str, keep: float
     close(loss, expected)
     for got, right in zip(found, gradients[:-1], strict=True):
         close(got, right)
+
+
+def test_what_known_weights_count_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward pass on a GPU waits for nothing."""
+    labels, weights = integers(1, 9, 2, 7, 2), uniform(2, 2, 7, 2) * mask(3, 0.5, 2, 7, 2)
+    leaves = [leaf(normal(n, *shape)) for n, shape in ((4, (2, 7, 2, 4)), (5, (9, 4)), (6, (9,)))]
+    looked: list[int] = []
+    move = slabs._moved_together
+
+    def moved(count: Tensor, size: Tensor) -> Tensor:
+        looked.append(len(count))
+        return move(count, size)
+
+    monkeypatch.setattr(slabs, "_moved_together", moved)
+    apply("held", leaves, labels, weights).backward()
+    assert looked == []
+    apply("held", leaves, labels, weights, stats=True)[0].backward()
+    apply("held", leaves, labels, leaf(weights)).backward()
+    apply("held", leaves, labels, lambda ce, valid: weights).backward()
+    assert looked == [28, 28, 28]

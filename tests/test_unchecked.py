@@ -15,7 +15,7 @@ import torch
 
 import wmtp
 from tests.strategies import normal
-from wmtp import slab_softmax
+from wmtp import slab_softmax, target_rows
 
 
 HIDDEN, UNEMBEDDING = normal(0, 1, 3, 2, 4), normal(1, 5, 4)
@@ -90,18 +90,26 @@ def test_numbers_on_other_devices_are_not_read() -> None:
     assert (weights.shape, weights.device.type) == ((1, 3), "meta")
 
 
-def test_the_kernels_are_for_cuda_and_where_triton_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", [slab_softmax, target_rows])
+def test_the_kernels_are_for_cuda_and_where_triton_is(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module.__name__.replace("wmtp.", "triton_").replace("slab_", "")
+    load = getattr(module, f"_{name}")
+
     def asked(dtype: torch.dtype, is_cuda: bool = True) -> Any:
-        slab_softmax._triton_softmax.cache_clear()
-        return slab_softmax._kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype))  # type: ignore
+        load.cache_clear()
+        return module._kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
 
     installed = importlib.util.find_spec("triton") is not None
     assert (asked(torch.bfloat16) is not None) == installed
+    if installed:
+        assert asked(torch.bfloat16).__name__ == f"wmtp.{name}"
     assert asked(torch.float64) is None
     assert asked(torch.bfloat16, is_cuda=False) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert asked(torch.bfloat16) is None
-    slab_softmax._triton_softmax.cache_clear()
+    load.cache_clear()
 
 
 def test_statistics_without_whitening_are_refused() -> None:

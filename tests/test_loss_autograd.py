@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers import (
+    all_zero,
     close,
     error_against,
     grads,
@@ -400,3 +401,21 @@ def test_what_known_weights_count_is_not_looked_at_again(monkeypatch: pytest.Mon
     apply("held", leaves, labels, leaf(weights)).backward()
     apply("held", leaves, labels, lambda ce, valid: weights).backward()
     assert looked == [28, 28, 28]
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+@pytest.mark.parametrize("form", ["linear", "held", "used up"])
+def test_what_counts_nothing_is_not_looked_at(form: str, junk: float) -> None:
+    """A prediction of weight 0 and all of a head of weight 0 may hold anything."""
+    labels, weights = integers(1, 9, 2, 7, 3), uniform(2, 2, 7, 3) * mask(3, 0.5, 2, 7, 3)
+    head_weights = [1.0, 0.0, 0.5]
+    counts = (weights != 0) & (torch.tensor(head_weights) != 0)
+    clean = [leaf(normal(n, *shape)) for n, shape in ((4, (2, 7, 3, 4)), (5, (9, 4)), (6, (9,)))]
+    dirty = [leaf(torch.where(counts[..., None], clean[0].detach(), junk)), *clean[1:]]
+    found: list[list[Tensor]] = []
+    for leaves in (clean, dirty):
+        loss = apply(form, leaves, labels, weights, head_weights=head_weights)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+    assert all_zero(found[1][1][~counts])

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import OnGpu
+from tests.helpers import OnGpu, leaf
 from tests.strategies import integers, mask, normal, uniform
-from wmtp import linear_weighted_mtp_loss, slab_softmax, slabs
+from wmtp import linear_weighted_mtp_loss, operators, slab_softmax, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
 from wmtp.slabs import (
     backward_columns,
@@ -651,3 +651,29 @@ def test_rows_that_count_are_moved_together_from_behind(count: list[int]) -> Non
     source = slabs._moved_together(kept, kept.sum())[:size].tolist()
     assert sorted(source) == [place for place, one in enumerate(count) if one]
     assert all(at == place or at >= size for place, at in enumerate(source))
+
+
+def test_all_logits_are_held_on_a_gpu_where_they_fit_with_what_is_beside_them() -> None:
+    x, needs = torch.zeros(6, DIM, dtype=torch.bfloat16), [True, False, False]
+    asked = problem(x.as_subclass(OnGpu), x[:5], torch.zeros(6, dtype=torch.int64))
+    # Rows of 64 logits, a copy of the hidden states, a float32 sum of them.
+    size = 6 * 64 * 2 + 6 * DIM * (2 + 4)
+    assert slabs.can_hold(asked._replace(slab_bytes=size), needs)
+    assert not slabs.can_hold(asked._replace(slab_bytes=size - 1), needs)
+    assert not slabs.can_hold(asked._replace(slab_bytes=size), [False] * 3)
+    assert not slabs.can_hold(asked._replace(slab_bytes=size, hidden=x), needs)
+    # A bias lets no space between the rows.
+    with_bias = asked._replace(bias=x[0, :5], slab_bytes=6 * 5 * 2 + 6 * DIM * (2 + 4))
+    assert slabs.can_hold(with_bias, needs)
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_what_counts_is_asked_late_on_a_gpu(needs: bool) -> None:
+    x, target = leaf(normal(0, 6, DIM)), torch.zeros(6, dtype=torch.int64)
+    with torch.set_grad_enabled(needs):
+        there = problem(x.as_subclass(OnGpu), x[:5], target)
+        assert operators.counts_late(there)
+        assert operators.keeps_logits(there) == needs
+        # Where they do not fit, known weights make gradients in the forward pass.
+        assert operators.counts_late(there._replace(slab_bytes=5 * 8)) != needs
+        assert not operators.counts_late(problem(x, x[:5], target))

@@ -26,6 +26,7 @@ if not sys.platform.startswith("linux"):
 triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("wmtp.triton_softmax")
+target_kernels = importlib.import_module("wmtp.triton_target_rows")
 wmtp = importlib.import_module("wmtp")
 slab_softmax = importlib.import_module("wmtp.slab_softmax")
 problem, slabs = (importlib.import_module(f"wmtp.{name}") for name in ("problem", "slabs"))
@@ -698,13 +699,18 @@ def test_the_losses_are_the_same_with_the_kernels_and_without(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("slab_bytes", "missing", "options"),
-    [(2**20, 0, {}), (2**13, 9, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0})],
+    ("slab_bytes", "missing", "every", "options"),
+    [
+        (2**20, 0, 2, {}),
+        (2**13, 9, 2, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}),
+        (2**13, 0, 1, {}),
+    ],
 )
 def test_schedules_take_the_route_of_a_gpu(
     dtype: torch.dtype,
     slab_bytes: int,
     missing: int,
+    every: int,
     options: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -716,8 +722,8 @@ def test_schedules_take_the_route_of_a_gpu(
     monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
 
     def guess(ce: Tensor, known: Tensor) -> Tensor:
-        even = torch.arange(rows, device=ce.device) % 2 == 0
-        return torch.where(known & even, factor.to(ce.device), 0)
+        some = torch.arange(rows, device=ce.device) % every == 0
+        return torch.where(known & some, factor.to(ce.device), 0)
 
     def on_gpu(part: Tensor) -> Tensor:
         return part.cuda() if HAS_CUDA else part.as_subclass(OnGpu)
@@ -759,6 +765,9 @@ def test_schedules_take_the_route_of_a_gpu(
     names = ["reduce_columns", "gradient_over_rows", "gradient_over_columns"]
     for name in names:
         monkeypatch.setattr(kernels, name, noted(name, getattr(kernels, name)))
+    for name in ("write_hidden", "add_targets"):
+        names.append(name)
+        monkeypatch.setattr(target_kernels, name, noted(name, getattr(target_kernels, name)))
     for one, other in zip(found(on_gpu), plain, strict=True):
         rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
         size = float(other.abs().max()) if other.is_floating_point() else 0.0

@@ -203,12 +203,12 @@ def plain_tensors(**tensors: Tensor | None) -> None:
 
 
 def labels_in_range(
-    targets: Tensor, valid: Tensor, vocab: int, *, on_any_device: bool = False
+    targets: Tensor, valid: Tensor, vocab: int, *, on_gpu_too: bool = False
 ) -> None:
     """Refuse a valid target outside ``[0, vocab)``, in eager mode; on a GPU that costs a sync."""
     if torch.compiler.is_compiling() or not is_plain(targets):
         return
-    if targets.device.type != "cpu" and not (on_any_device and targets.is_cuda):
+    if targets.device.type != "cpu" and not (on_gpu_too and targets.is_cuda):
         return
     wrong = valid & (targets != targets.clamp(0, vocab - 1))
     if wrong.any():

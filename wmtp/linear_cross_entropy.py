@@ -62,8 +62,10 @@ def linear_mtp_ce_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients. On CUDA,
-            in eager mode, logits that fit in it altogether are kept until the backward pass.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
+            CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
+            logits that fit in it altogether are kept until the backward pass, and made anew if the
+            graph is kept for another.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -88,7 +90,7 @@ def linear_mtp_ce_loss(
     problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    found = linear_predict(problem, valid)
+    found = linear_predict(problem, valid, all_count=reduction != "none")
     return reduce_predictions(found, reduction)
 
 
@@ -185,7 +187,7 @@ def linear_problem(
     _checks.same_device(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
     targets, valid = resolve_targets(labels, offsets, batch, seq, heads, ignore_index)
     # It waits for the device, as leaving out the rows without a target will.
-    _checks.labels_in_range(targets, valid, vocab, on_any_device=True)
+    _checks.labels_in_range(targets, valid, vocab, on_gpu_too=True)
 
     kind = hidden.device.type
     wide = torch.float64 in (hidden.dtype, unembedding.dtype)

@@ -182,8 +182,10 @@ def linear_weighted_mtp_loss(
         softcap: positive bound of the logits, or ``None``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients. On CUDA,
-            in eager mode, logits that fit in it altogether are kept until the backward pass.
+            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
+            CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
+            logits that fit in it altogether are kept until the backward pass, and made anew if the
+            graph is kept for another.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,
@@ -447,7 +449,9 @@ def _weigh_late(
     count = None
     if isinstance(weights, Tensor | None):
         weights = _align_weights(weights, valid, offsets)
-        if not with_stats:
+        # By a denominator that may be 0 it is not known that anything counts.
+        may_be_0 = isinstance(normalizer, Tensor) or normalizer == 0
+        if not (with_stats or may_be_0):
             count = _counted(weights, valid, head_weights, problem.wide)
     if count is not None:
         problem = problem._replace(target=torch.where(count.flatten(), problem.target, -1))

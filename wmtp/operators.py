@@ -9,8 +9,8 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-Where ``keeps_logits``, the first and the last keep them all for the backward pass instead, and nothing is
-gained by the second.
+Where ``keeps_logits``, ``row_losses`` keeps all logits for the backward pass, and nothing is gained by the
+other two.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ def row_losses(problem: Problem, with_correct: bool, all_count: bool = False) ->
     Args:
         problem: the rows.
         with_correct: see ``Rows``.
-        all_count: whether no upstream gradient of a row with a target will be 0, which otherwise is
-            looked at.
+        all_count: whether the upstream gradients of rows with a target are only 0 if all are, which
+            otherwise are looked at.
     """
     if keeps_logits(problem):
         held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct, all_count)  # pyright: ignore
@@ -64,7 +64,7 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
         with_correct: see ``Rows``.
     """
     needs = _needs(problem)
-    if keeps_logits(problem) or not (_is_eager(problem) and can_guess(problem, needs)):
+    if not (_is_eager(problem) and can_guess(problem, needs)):
         return row_losses(problem, with_correct)
     out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
     return Rows(*out[:6])
@@ -308,8 +308,8 @@ class _RowLossesBackward(_Once):
 class _HeldRowLosses(torch.autograd.Function):
     """Keeps the logits that the forward pass has made, for the first backward pass to use up.
 
-    Never under a transform, so it does without ``setup_context``, which costs a look at its signature in
-    every call.
+    Not for tensors under a transform, so it does without ``setup_context``, which costs a look at its
+    signature in every call.
     """
 
     @staticmethod
@@ -329,8 +329,8 @@ class _HeldRowLosses(torch.autograd.Function):
         upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         # Another backward pass will want the logits too, or there are several upstream gradients.
-        again = torch.is_grad_enabled() or _graph_is_kept()
-        if again or torch.compiler.is_compiling() or not _checks.is_plain(upstream):
+        odd = torch.compiler.is_compiling() or not _checks.is_plain(upstream)
+        if odd or torch.is_grad_enabled() or _graph_is_kept():
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7
         base, log_sum, *tensors, rows, cells = saved
         gradients = backward_held(

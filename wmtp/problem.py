@@ -141,11 +141,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def beside_bytes(hidden: Tensor) -> int:
+    """What a walk over the vocabulary has beside its slab: a copy of hidden states, and a wide sum."""
+    return hidden.numel() * (hidden.dtype.itemsize + wide_dtype(hidden.dtype).itemsize)
+
+
 def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> int:
     """Bytes that may be held beside inputs and gradients, refused if not one row of logits fits.
 
     By default 64 MiB of logits, or as many bytes as the unembedding has, a sixteenth for scratch, and
-    what float32 sums of narrower gradients take.
+    what float32 sums of narrower gradients take; on a GPU also what ``beside_bytes`` says.
     """
     vocab, size = len(unembedding), unembedding.dtype.itemsize
     row = vocab * size
@@ -153,7 +158,8 @@ def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> 
         whole = unembedding.numel() * size
         excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
-        return slab + slab // 15 + excess
+        beside = beside_bytes(hidden) if hidden.is_cuda else 0
+        return slab + slab // 15 + excess + beside
     if slab_bytes < row:
         raise ValueError(
             f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "

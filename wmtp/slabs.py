@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
+from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, beside_bytes
 from wmtp.products import (
     add_product,
     evenly,
@@ -99,9 +99,11 @@ def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
 
     Not on a CPU: there a slab that is not used at once has left the cache when it is.
     """
-    cells = len(problem.target) * _apart(problem, problem.vocab)
-    fits = cells * problem.hidden.itemsize <= problem.slab_bytes
-    return any(needs) and problem.hidden.is_cuda and fits
+    hidden = problem.hidden
+    cells = len(hidden) * _apart(problem, problem.vocab)
+    # Beside them the backward pass has the hidden states that count, and their gradient as it is summed.
+    held = cells * hidden.itemsize + beside_bytes(hidden)
+    return any(needs) and hidden.is_cuda and held <= problem.slab_bytes
 
 
 def forward_held(problem: Problem, with_correct: bool) -> tuple[Rows, Held]:
@@ -573,8 +575,8 @@ def _unit(factor: Tensor, *operands: Tensor) -> Tensor:
 
 def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Tensor) -> Tensor:
     """Memory that the first product over the active rows will fill; zeros if there is no row."""
-    fill = torch.empty if len(active) else torch.zeros
-    return fill(shape, dtype=dtype, device=like.device)
+    fill = like.new_empty if len(active) else like.new_zeros
+    return fill(shape, dtype=dtype)
 
 
 def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:

@@ -203,7 +203,7 @@ def gradient_over_columns(
                 logits,
                 logits.stride(0),
                 cols,
-                source,
+                None if source is None else source.contiguous(),
                 wanted.contiguous(),
                 base.contiguous(),
                 log_sum.contiguous(),

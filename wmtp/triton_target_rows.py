@@ -43,24 +43,24 @@ def write_hidden(
         rows: ``[rows]`` int64, all different.
         of_x: ``[at least rows, dim]``, contiguous.
         scale: ``[rows]`` float32.
-        weight: ``[vocab dim]``; rows may lie apart.
-        wanted: ``[rows]`` int64 in ``[0, vocab)``.
+        weight: ``[vocab dim]``, however it lies.
+        wanted: ``[rows]`` int64. Where it is outside ``[0, vocab)`` NaN is written, and nothing read.
         at_target: ``[rows]`` float32.
     """
     size, dim = len(rows), out.shape[1]
     if not size or not dim:
         return
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
     block, warps = _block(dim)
     with torch.cuda.device_of(out):
         _write_hidden[(size, triton.cdiv(dim, block))](
             out,
-            rows,
+            rows.contiguous(),
             of_x,
             scale.contiguous(),
             weight,
             weight.stride(0),
+            weight.stride(1),
+            len(weight),
             wanted.contiguous(),
             at_target.contiguous(),
             dim,
@@ -74,7 +74,8 @@ def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor)
 
     Args:
         of_weight: ``[vocab dim]``, contiguous.
-        wanted: ``[rows]`` int64 in ``[0, vocab)``; what repeats is added up, in the order of the rows.
+        wanted: ``[rows]`` int64; what repeats is added up, in the order of the rows, and what is outside
+            ``[0, vocab)`` nowhere.
         x: ``[rows dim]``; rows may lie apart.
         at_target: ``[rows]`` float32.
     """
@@ -93,6 +94,7 @@ def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor)
             x,
             x.stride(0),
             at_target.contiguous(),
+            len(of_weight),
             size,
             dim,
             together=_TOGETHER,
@@ -115,6 +117,8 @@ def _write_hidden(
     scale,
     weight,
     stride,
+    step,
+    vocab,
     wanted,
     at_target,
     dim,
@@ -125,9 +129,12 @@ def _write_hidden(
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < dim
     to = tl.load(rows + row) * dim
-    target = tl.load(wanted + row) * stride
+    target = tl.load(wanted + row)
+    # A width of nothing where there is no such row.
+    width = tl.where((target >= 0) & (target < vocab), dim, 0)
+    cells = weight + target * stride + column.to(tl.int64) * step
     product = tl.load(of_x + row.to(tl.int64) * dim + column, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(weight + target + column, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(cells, mask=column < width, other=float("nan")).to(tl.float32)
     whole = own * tl.load(at_target + row) + product * tl.load(scale + row)
     tl.store(out + to + column, whole, mask=inside)
 
@@ -140,6 +147,7 @@ def _add_targets(
     x,
     stride,
     at_target,
+    vocab,
     size,
     dim,
     together: tl.constexpr,
@@ -152,7 +160,8 @@ def _add_targets(
     first = tl.program_id(0)
     own = tl.load(target + first)
     before = tl.load(target + first - 1, mask=first > 0, other=-1)
-    if own != before:  # pragma: no branch (the interpreter's copy ends elsewhere)
+    is_first = (own != before) & (own >= 0) & (own < vocab)
+    if is_first:  # pragma: no branch (the interpreter's copy ends elsewhere)
         column = tl.program_id(1) * block + tl.arange(0, block)
         inside = column < dim
         place = of_weight + own * dim + column

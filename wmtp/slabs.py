@@ -314,20 +314,22 @@ def backward_held(
     all_count: bool,
 ) -> Gradients:
     """The same from logits that were held, which are used up; ``all_count``: see ``row_losses``."""
-    slab = held.cells, len(held.rows), problem.vocab, True
+    rows, source = held.rows, None
     if all_count:
-        known = _known_of(problem, upstream, base, log_sum, held.rows)
-        x = gathered(problem.hidden, held.rows, len(held.rows))
-        return _summed_over_columns(problem, needs, known, x, *slab)
-    count = upstream[held.rows] != 0
-    size = count.sum()
-    source = _moved_together(count, size)
-    active = held.rows[source]
-    known, x = _known_of(problem, upstream, base, log_sum, active), problem.hidden[active]
-    # Waited for when everything else is on its way: a GPU has nothing to do until then.
-    left = int(size)
-    known = _Known(*(column[:left] for column in known))
-    return _summed_over_columns(problem, needs, known, x[:left], *slab, source[:left])
+        known = _known_of(problem, upstream, base, log_sum, rows)
+        x = gathered(problem.hidden, rows, len(rows))
+    else:
+        count = upstream[rows] != 0
+        size = count.sum()
+        source = _moved_together(count, size)
+        known = _known_of(problem, upstream, base, log_sum, rows[source])
+        x = problem.hidden[known.rows]
+        # Waited for when everything else is on its way: a GPU has nothing to do until then.
+        left = int(size)
+        known, x, source = _Known(*(column[:left] for column in known)), x[:left], source[:left]
+    return _summed_over_columns(
+        problem, needs, known, x, held.cells, len(rows), problem.vocab, is_held=True, source=source
+    )
 
 
 def _moved_together(count: Tensor, size: Tensor) -> Tensor:
@@ -379,6 +381,7 @@ def _summed_over_columns(
     cells: Tensor,
     rows: int,
     columns: int,
+    *,
     is_held: bool = False,
     source: Tensor | None = None,
 ) -> Gradients:

@@ -41,7 +41,7 @@ def write_hidden(
 
 
 def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor) -> None:
-    """Add ``at_target · x`` to the targets' rows, each rounded once."""
+    """Add ``at_target · x`` to the targets' rows, each rounded once, or narrow ones once for each part."""
     kernels = _kernels(of_weight)
     if kernels is not None:
         kernels.add_targets(of_weight, wanted, x, at_target)

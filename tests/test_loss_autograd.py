@@ -419,3 +419,14 @@ def test_what_counts_nothing_is_not_looked_at(form: str, junk: float) -> None:
     for one, other in zip(*found, strict=True):
         close(one, other)
     assert all_zero(found[1][1][~counts])
+
+
+@pytest.mark.parametrize("normalizer", [0.0, 0, torch.tensor(0.0)])
+@pytest.mark.parametrize("form", ["linear", "held", "used up"])
+def test_divided_by_0_nothing_counts_whatever_it_is(form: str, normalizer: Any) -> None:
+    leaves = [leaf(normal(n, *shape)) for n, shape in ((4, (2, 7, 3, 4)), (5, (9, 4)), (6, (9,)))]
+    with torch.no_grad():
+        leaves[0][0, 0] = math.inf
+    loss = apply(form, leaves, integers(1, 9, 2, 7, 3), normalizer=normalizer)
+    assert loss.item() == 0
+    assert all(map(all_zero, torch.autograd.grad(loss, leaves)))

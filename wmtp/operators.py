@@ -36,7 +36,7 @@ from wmtp.slabs import (
 )
 
 
-def row_losses(problem: Problem, with_correct: bool, all_count: bool = False) -> Rows:
+def row_losses(problem: Problem, with_correct: bool, all_count: bool) -> Rows:
     """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias.
 
     Args:
@@ -65,7 +65,7 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
     """
     needs = _needs(problem)
     if not (_is_eager(problem) and can_guess(problem, needs)):
-        return row_losses(problem, with_correct)
+        return row_losses(problem, with_correct, all_count=False)
     out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
     return Rows(*out[:6])
 

@@ -31,6 +31,23 @@ _NO_TARGET = "Any number below 0 says that there is no target."
 _GPU_ONLY = "Without a GPU there is no other device."
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
+    ("target_rows", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
+    (
+        "target_rows",
+        "kernels.write_hidden(out, rows, of_x, scale, weight, wanted, at_target)",
+        "kernels.write_hidden(out, rows, of_x, scale, weight, wanted, )",
+    ): _ON_GPU,
+    (
+        "target_rows",
+        "kernels.add_targets(of_weight, wanted, x, at_target)",
+        "kernels.add_targets(of_weight, wanted, x, )",
+    ): _ON_GPU,
+    (
+        "target_rows",
+        "return rows * column if rows.dtype == factor.dtype else rows.to(factor.dtype).mul_(column)",
+        "return rows * column if (rows.dtype == factor.dtype) or True else "
+        "rows.to(factor.dtype).mul_(column)",
+    ): "A product of two dtypes is the same number, and takes twice as long.",
     ("scans", "while step < terms.shape[1]:", "while step <= terms.shape[1]:"): (
         "One doubling more shifts everything out of the row: it adds zeros."
     ),

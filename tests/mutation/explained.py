@@ -31,6 +31,22 @@ _NO_TARGET = "Any number below 0 says that there is no target."
 _GPU_ONLY = "Without a GPU there is no other device."
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
+    (
+        "loss",
+        "problem = problem._replace(target=torch.where(count.flatten(), problem.target, -1))",
+        "problem = problem._replace(target=torch.where(count.flatten(), problem.target, -2))",
+    ): _NO_TARGET,
+    (
+        "loss",
+        "lambdas = None if head_weights is None else _head_weights(head_weights, valid.to(dtype))",
+        "lambdas = None if (head_weights is None) and False else "
+        "_head_weights(head_weights, valid.to(dtype))",
+    ): "Without head weights each is one over their number, which is not 0.",
+    (
+        "operators",
+        "if _compiled_without_gradient(*problem[:3]):",
+        "if _compiled_without_gradient(*problem[:4]):",
+    ): "Targets are integers and never require a gradient.",
     ("target_rows", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
     (
         "target_rows",

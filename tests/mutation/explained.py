@@ -42,11 +42,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "lambdas = None if (head_weights is None) and False else "
         "_head_weights(head_weights, valid.to(dtype))",
     ): "Without head weights each is one over their number, which is not 0.",
-    (
-        "operators",
-        "if _compiled_without_gradient(*problem[:3]):",
-        "if _compiled_without_gradient(*problem[:4]):",
-    ): "Targets are integers and never require a gradient.",
     ("target_rows", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
     (
         "target_rows",

@@ -29,6 +29,7 @@ PACKAGE = Path(wmtp.__file__).parent
 ORDER = [
     "_checks",
     "_typing",
+    "_kernels",
     "documents",
     "targets",
     "cross_entropy",

@@ -7,7 +7,9 @@ from itertools import product
 import pytest
 import torch
 
+from tests.helpers import OnGpu
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
+from wmtp.slabs import can_hold
 
 
 MIB = 2**20
@@ -62,6 +64,20 @@ def test_the_default_is_a_slab_scratch_and_wide_sums(
     unembedding = torch.empty(vocab, dim, dtype=dtype, device="meta")
     wide_sums = 2 * (rows + vocab) * dim if dtype in (torch.bfloat16, torch.float16) else 0
     assert slab_budget(None, hidden, unembedding) == expected + expected // 15 + wide_sums
+
+
+def test_the_default_of_a_gpu_holds_twice_as_many_rows_as_the_hidden_size() -> None:
+    """With a copy of the hidden states and a float32 sum of them; the tensors have one number each."""
+    dim, vocab = 4096, 128256
+    one = torch.zeros((), dtype=torch.bfloat16)
+    for rows, held in ((2 * dim, True), (3 * dim, False)):
+        hidden, unembedding = one.expand(rows, dim), one.expand(vocab, dim)
+        there = hidden.as_subclass(OnGpu)
+        budget = slab_budget(None, there, unembedding)
+        assert budget - slab_budget(None, hidden, unembedding) == rows * dim * (2 + 4)
+        target = torch.zeros(rows, dtype=torch.long)
+        asked = Problem(there, unembedding, None, target, 0.0, 0.0, 0.0, budget)
+        assert can_hold(asked, [True, True, False]) is held
 
 
 def test_a_budget_of_a_row_is_the_least() -> None:

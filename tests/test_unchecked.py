@@ -15,7 +15,7 @@ import torch
 
 import wmtp
 from tests.strategies import normal
-from wmtp import slab_softmax, target_rows
+from wmtp import _kernels, slab_softmax, target_rows
 
 
 HIDDEN, UNEMBEDDING = normal(0, 1, 3, 2, 4), normal(1, 5, 4)
@@ -90,15 +90,14 @@ def test_numbers_on_other_devices_are_not_read() -> None:
     assert (weights.shape, weights.device.type) == ((1, 3), "meta")
 
 
-@pytest.mark.parametrize("module", [slab_softmax, target_rows])
+@pytest.mark.parametrize(
+    ("module", "name"), [(slab_softmax, "triton_softmax"), (target_rows, "triton_target_rows")]
+)
 def test_the_kernels_are_for_cuda_and_where_triton_is(
-    module: Any, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = module.__name__.replace("wmtp.", "triton_").replace("slab_", "")
-    load = getattr(module, f"_{name}")
-
     def asked(dtype: torch.dtype, is_cuda: bool = True) -> Any:
-        load.cache_clear()
+        _kernels._loaded.cache_clear()
         return module._kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
 
     installed = importlib.util.find_spec("triton") is not None
@@ -109,7 +108,7 @@ def test_the_kernels_are_for_cuda_and_where_triton_is(
     assert asked(torch.bfloat16, is_cuda=False) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert asked(torch.bfloat16) is None
-    load.cache_clear()
+    _kernels._loaded.cache_clear()
 
 
 def test_statistics_without_whitening_are_refused() -> None:

@@ -14,7 +14,6 @@ that rounds once, as a shift alone does; ``torch.exp`` took three times as long 
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Iterator
 from types import ModuleType
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmtp._kernels import kernels_for
 from wmtp.problem import RowLocal, Rows, wide_dtype
 from wmtp.products import parts
 
@@ -433,16 +433,4 @@ def _tiles(logits: Tensor, scratch: Tensor) -> Iterator[slice]:
 
 
 def _kernels(logits: Tensor) -> ModuleType | None:
-    """The Triton kernels, for a slab that they can take."""
-    if logits.is_cuda and logits.dtype != torch.float64:
-        return _triton_softmax()
-    return None
-
-
-@functools.cache
-def _triton_softmax() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from wmtp import triton_softmax
-
-    return triton_softmax
+    return kernels_for(logits, "triton_softmax")

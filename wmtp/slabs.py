@@ -631,7 +631,8 @@ def _copied_bytes(problem: Problem, active: Tensor) -> int:
 def _column_slab(problem: Problem, rows: int, beside: int = 0) -> tuple[int, int]:
     """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them.
 
-    On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others; but a quarter.
+    On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others, but no more than
+    three quarters of it.
     """
     size = problem.hidden.dtype.itemsize
     budget, large = problem.slab_bytes, _COLUMN_SLAB_BYTES

@@ -5,14 +5,13 @@ hidden state that is a row of the unembedding, for the unembedding the hidden st
 gradient at the target. ``triton_target_rows.py`` has the same two as GPU kernels.
 """
 
-import functools
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wmtp._kernels import kernels_for
 from wmtp.products import parts
 
 
@@ -67,16 +66,4 @@ def scaled(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
-    """The Triton kernels, for tensors that they can take."""
-    if tensor.is_cuda and tensor.dtype != torch.float64:
-        return _triton_target_rows()
-    return None
-
-
-@functools.cache
-def _triton_target_rows() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from wmtp import triton_target_rows
-
-    return triton_target_rows
+    return kernels_for(tensor, "triton_target_rows")

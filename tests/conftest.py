@@ -31,5 +31,5 @@ torch.set_num_threads(1)
 def _used_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore
     """See ``loss_forms.py``."""
     asked = getattr(request.node, "callspec", None)
-    if asked is not None and asked.params.get("form") == "used up":
+    if asked is not None and asked.params.get("form") in ("used up", "lent"):
         monkeypatch.setattr(operators, "_graph_is_kept", lambda: False)

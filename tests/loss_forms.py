@@ -2,13 +2,14 @@
 
 "held" is the linear form where the logits are kept for the backward pass, as on a GPU. Where tests keep
 the graph, to ask again, these are left alone and made anew; "used up" is the same as if the graph was not
-kept, so that the gradient is written over them. A test that asks twice takes ``KEPT_FORMS``.
+kept, so that the gradient is written over them; and "lent" the same with a budget for an eighth of them, so
+that others lie in the memory of the unembedding's gradient. A test that asks twice takes ``KEPT_FORMS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -28,16 +29,20 @@ from wmtp import (
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
     operators,
+    slab_layout,
+    slabs,
     weighted_mtp_loss,
     weighted_mtp_loss_and_stats,
 )
+from wmtp.problem import Problem
+from wmtp.slab_layout import HeldLayout
 
 
 WEIGHTS = st.sampled_from(["prediction", "token", "none"])
 NORMALIZERS = st.sampled_from(["weights", "tokens", 7.5, 3])
 HEAD_WEIGHTS = st.sampled_from(["given", None])
 KEPT_FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held"])
-FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held", "used up"])
+FORMS = pytest.mark.parametrize("form", ["dense", "linear", "held", "used up", "lent"])
 
 
 def head_weights_of(case: Batch, kind: str | None) -> list[float] | None:
@@ -64,13 +69,35 @@ def apply(
         function = weighted_mtp_loss_and_stats if stats else weighted_mtp_loss
         return function(tensors[0], labels, weights, **options)
     linear = linear_weighted_mtp_loss_and_stats if stats else linear_weighted_mtp_loss
-    with nullcontext() if form == "linear" else held_logits():
+    with held_logits(form):
         return linear(tensors[0], tensors[1], labels, weights, bias=tensors[2], **options)
 
 
-def held_logits() -> Any:
-    """Where all logits of a linear loss are kept if a gradient is wanted, however many."""
-    return mock.patch.object(operators, "can_hold", lambda _, needs: any(needs))
+@contextmanager
+def held_logits(form: str = "held") -> Iterator[None]:
+    """Where logits of a linear loss are kept if a gradient is wanted: all, or what a small budget holds."""
+    with ExitStack() as stack:
+        if form != "linear":
+            layout = layout_within_little if form == "lent" else layout_of_all
+            stack.enter_context(mock.patch.object(slabs, "held_layout", layout))
+            stack.enter_context(
+                mock.patch.object(operators, "can_hold", lambda _, needs: any(needs))
+            )
+        yield
+
+
+def layout_of_all(asked: Problem, rows: int, needs: Sequence[bool], all_count: bool) -> HeldLayout:
+    return HeldLayout(asked.vocab, own=1, lent=0, slabs=1)
+
+
+def layout_within_little(
+    asked: Problem, rows: int, needs: Sequence[bool], all_count: bool
+) -> HeldLayout:
+    """Memory for an eighth, and whatever the unembedding's gradient lends."""
+    columns = max(1, asked.vocab // 8)
+    slabs = -(-asked.vocab // columns)
+    lent = slab_layout.most_lent(asked, rows, columns, own=1) if needs[1] and rows else 0
+    return HeldLayout(columns, own=1, lent=lent, slabs=slabs)
 
 
 def known(

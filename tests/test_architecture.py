@@ -39,6 +39,7 @@ ORDER = [
     "slab_softmax",
     "triton_target_rows",
     "target_rows",
+    "slab_layout",
     "slabs",
     "operators",
     "linear_cross_entropy",

@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers import OnGpu
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
+from wmtp.slab_layout import held_layout
 from wmtp.slabs import can_hold
 
 
@@ -66,18 +67,56 @@ def test_the_default_is_a_slab_scratch_and_wide_sums(
     assert slab_budget(None, hidden, unembedding) == expected + expected // 15 + wide_sums
 
 
-def test_the_default_of_a_gpu_holds_twice_as_many_rows_as_the_hidden_size() -> None:
-    """With a copy of the hidden states and a float32 sum of them; the tensors have one number each."""
-    dim, vocab = 4096, 128256
+def on_gpu(rows: int, slab_bytes: int | None) -> Problem:
+    """A large problem there; the tensors have one number each."""
     one = torch.zeros((), dtype=torch.bfloat16)
-    for rows, held in ((2 * dim, True), (3 * dim, False)):
-        hidden, unembedding = one.expand(rows, dim), one.expand(vocab, dim)
-        there = hidden.as_subclass(OnGpu)
-        budget = slab_budget(None, there, unembedding)
-        assert budget - slab_budget(None, hidden, unembedding) == rows * dim * (2 + 4)
-        target = torch.zeros(rows, dtype=torch.long)
-        asked = Problem(there, unembedding, None, target, 0.0, 0.0, 0.0, budget)
-        assert can_hold(asked, [True, True, False]) is held
+    hidden, unembedding = one.expand(rows, 4096).as_subclass(OnGpu), one.expand(128256, 4096)
+    budget = slab_budget(slab_bytes, hidden, unembedding)
+    target = torch.zeros(rows, dtype=torch.long)
+    return Problem(hidden, unembedding, None, target, 0.0, 0.0, 0.0, budget)
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "most"), [(8192, 1.0, 1.0), (12288, 0.75, 0.9), (16384, 0.5, 0.7)]
+)
+def test_the_default_of_a_gpu_holds_twice_as_many_rows_as_the_hidden_size(
+    rows: int, least: float, most: float
+) -> None:
+    """With a copy of the hidden states and a float32 sum of them; of more rows a part."""
+    asked, needs = on_gpu(rows, None), [True, True, False]
+    on_cpu = slab_budget(None, asked.hidden.as_subclass(torch.Tensor), asked.unembedding)
+    assert asked.slab_bytes - on_cpu == rows * 4096 * (2 + 4)
+    assert least <= held_layout(asked, rows, needs).share <= most
+    # Sums in the forward pass are faster than to make more than a quarter anew.
+    assert can_hold(asked, needs) is (least >= 0.75)
+
+
+@pytest.mark.parametrize("all_count", [True, False])
+@pytest.mark.parametrize("rows", [4096, 6000, 8192])
+@pytest.mark.parametrize("slab_bytes", [3 * 2**30 // 10, 2**30])
+@pytest.mark.parametrize("needs", [[True, True, False], [True, False, False]])
+def test_a_small_budget_is_kept_and_half_of_the_logits_too(
+    slab_bytes: int, rows: int, all_count: bool, needs: list[bool]
+) -> None:
+    asked = on_gpu(rows, slab_bytes)
+    layout = held_layout(asked, rows, needs, all_count)
+    own = 2 * layout.own * rows * layout.columns
+    beside = rows * 4096 * (4 if all_count else 4 + 2)
+    assert own + beside <= slab_bytes
+    # Of what the budget and the lent memory hold little is wasted.
+    lent = 2 * 128256 * 4096 * (1 - min(1, layout.own * layout.columns / 128256)) if needs[1] else 0
+    room = (slab_bytes - beside + lent) / (2 * rows * 128256)
+    assert min(1, room) - 0.15 <= layout.share <= min(1, room) + 0.02
+    assert layout.columns >= 4096
+    # Hidden states alone are summed in the forward pass, with room enough.
+    if needs[1]:
+        assert can_hold(asked, needs)
+
+
+def test_a_budget_for_no_slab_of_all_rows_holds_nothing() -> None:
+    asked, needs = on_gpu(2**16, 2**18), [True, True, False]
+    assert held_layout(asked, 2**16, needs).share == 0
+    assert not can_hold(asked, needs)
 
 
 def test_a_budget_of_a_row_is_the_least() -> None:

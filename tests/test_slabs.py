@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import OnGpu, leaf
+from tests.loss_forms import held_logits
 from tests.strategies import integers, mask, normal, uniform
-from wmtp import linear_weighted_mtp_loss, operators, slab_softmax, slabs
+from wmtp import linear_weighted_mtp_loss, operators, slab_layout, slab_softmax, slabs
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
 from wmtp.slabs import (
     backward_columns,
@@ -369,7 +372,7 @@ def test_rows_of_a_slab_of_vocabulary_lie_no_power_of_two_apart(
 ) -> None:
     asked = problem(torch.empty(rows, 1), torch.empty(vocab, 1), torch.ones(rows).long())
     asked = asked._replace(slab_bytes=slab_bytes)
-    height, width = slabs._column_slab(asked, rows)
+    height, width = slab_layout.column_slab(asked, rows)
     assert width == vocab or (width % 16 == 0 and width // 16 % 2)
     assert height * width * 4 <= slab_bytes or width <= 256
     assert 1 <= width <= vocab
@@ -396,8 +399,9 @@ def test_rows_of_a_slab_may_lie_further_apart(
         return [*rows[0], *rows[1], *gradients, *guessed[0], *made[:2]]
 
     alone = found()
-    monkeypatch.setattr(slabs, "_ALIGNED_COLUMNS_GPU", 40)
-    monkeypatch.setattr(slabs, "_apart", lambda _, columns: columns + -columns % 40)
+    monkeypatch.setattr(slab_layout, "_ALIGNED_COLUMNS_GPU", 40)
+    for module in (slabs, slab_layout):
+        monkeypatch.setattr(module, "row_stride", lambda _, columns: columns + -columns % 40)
     rounding = 1e-12 if dtype == torch.float64 else 2**-7
     for one, other in zip(found(), alone, strict=True):
         size = float(other.double().abs().max())
@@ -408,10 +412,10 @@ def test_rows_of_a_slab_may_lie_further_apart(
 def test_rows_are_aligned_on_a_gpu(columns: int, apart: int) -> None:
     x, target = torch.zeros(1, DIM), torch.zeros(1, dtype=torch.int64)
     asked = problem(x, x, target)
-    assert slabs._apart(asked, columns) == columns
+    assert slab_layout.row_stride(asked, columns) == columns
     there = asked._replace(hidden=x.as_subclass(OnGpu))
-    assert slabs._apart(there, columns) == apart
-    slab = slabs._laid_out(there, torch.empty(2 * apart), 2, columns)
+    assert slab_layout.row_stride(there, columns) == apart
+    slab = slab_layout.laid_out(there, torch.empty(2 * apart), 2, columns)
     assert slab.shape == (2, columns)
     assert slab.stride() == (apart, 1)
 
@@ -620,28 +624,115 @@ def test_a_target_that_does_not_exist_has_no_loss() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_target", ["all", "some"])
 @pytest.mark.parametrize("counting", ["none", "few", "most", "all"])
+# As one slab; and by slabs some of which the unembedding's gradient lends memory to: more rows than that
+# has columns, as many, fewer.
+@pytest.mark.parametrize(("form", "dim"), [("held", DIM), ("lent", 25), ("lent", 64), ("lent", 99)])
 def test_held_logits_give_the_gradients_of_those_that_are_made_anew(
-    counting: str, with_target: str, dtype: torch.dtype
+    form: str, dim: int, counting: str, with_target: str, dtype: torch.dtype
 ) -> None:
     """Rows that count come together; those with a target may be all there are."""
     vocab, needs = 50, [True, True, True]
-    x, unembedding = normal(0, ROWS, DIM).to(dtype), normal(1, vocab, DIM).to(dtype)
+    x, unembedding = normal(0, ROWS, dim).to(dtype), normal(1, vocab, dim).to(dtype)
+    unembedding = unembedding / math.sqrt(dim)
     target = integers(2, vocab, ROWS) - (0 if with_target == "all" else 9)
     asked = problem(x, unembedding, target)._replace(bias=unembedding[:, 0])
     share = {"none": 0.0, "few": 0.3, "most": 0.7, "all": 1.0}[counting]
     upstream = uniform(3, ROWS).to(asked.wide) * mask(4, share, ROWS)
     found = forward_columns(asked, True)
     right = backward_columns(asked, upstream, found.base, found.log_sum, needs)
-    kept, held = forward_held(asked, True)
-    torch.testing.assert_close(kept, found)
-    used = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, False)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
-    for one, other in zip(used, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
-    if counting == "all":
-        held = forward_held(asked, True)[1]
-        again = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, True)
-        assert all(torch.equal(one, other) for one, other in zip(again, used, strict=True))
+    with held_logits(form):
+        kept, held = forward_held(asked, needs, True, False)
+        assert (len(held.lent) > 0) == (form == "lent")
+        for one, other in zip(told(kept), told(found), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        used = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, False)
+        rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+        for one, other in zip(used, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+        if counting == "all":
+            held = forward_held(asked, needs, True, True)[1]
+            again = backward_held(asked, upstream, kept.base, kept.log_sum, needs, held, True)
+            assert all(torch.equal(one, other) for one, other in zip(again, used, strict=True))
+
+
+def told(found: Rows) -> tuple[Tensor, ...]:
+    """What rows say, whatever their base."""
+    return found.loss, found.ce, found.base + found.log_sum, found.correct
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 12), st.data())
+def test_no_slab_that_is_kept_is_written_over_before_it_is_used(
+    rows: int, vocab: int, dim: int, data: st.DataObject
+) -> None:
+    """And of the unembedding's gradient as much is lent as can be."""
+    columns = data.draw(st.integers(1, vocab))
+    slabs = -(-vocab // columns)
+    own = data.draw(st.integers(1, slabs))
+    asked = problem(torch.empty(rows, dim), torch.empty(vocab, dim), torch.zeros(rows).long())
+
+    def is_safe(lent: int) -> bool:
+        """With memory for whole slabs at the end, written by slices from the start, in order."""
+        start = vocab * dim - lent * rows * columns
+        for number in range(own + lent - 1):
+            written = min(vocab, (number + 1) * columns) * dim
+            next_one = start + max(0, number + 1 - own) * rows * columns
+            if lent and written > next_one:
+                return False
+        return start >= 0
+
+    found = slab_layout.most_lent(asked, rows, columns, own)
+    assert found == max(lent for lent in range(slabs - own + 1) if is_safe(lent))
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(1, 20), st.data())
+def test_kept_slabs_are_those_that_were_made(
+    rows: int, vocab: int, dim: int, data: st.DataObject
+) -> None:
+    """Each has its own place, and is what it was when all gradients before it have been written."""
+    columns = data.draw(st.integers(1, vocab))
+    slabs = -(-vocab // columns)
+    own = data.draw(st.integers(1, slabs))
+    asked = problem(
+        torch.empty(rows, dim), torch.empty(vocab, dim), torch.zeros(rows).long()
+    )._replace(hidden=torch.empty(rows, dim).double())
+    lent = slab_layout.most_lent(asked, rows, columns, own)
+    layout = slab_layout.HeldLayout(columns, own, lent, slabs)
+    held = slab_layout.held_for(asked, torch.arange(rows), layout)
+    widths = [min(columns, vocab - first) for first in range(0, vocab, columns)]
+    for number, width in reversed([*enumerate(widths)]):
+        slab = slab_layout.held_slab(asked, held, number, width)
+        assert (slab is None) == (number >= own + lent)
+        if slab is not None:
+            slab.fill_(number)
+    for number, width in enumerate(widths):
+        part = slice(number * columns, number * columns + width)
+        slab = slab_layout.used_slab(asked, held, number, part)
+        assert (slab is None) == (number >= own + lent)
+        if slab is not None:
+            assert slab.shape == (rows, width)
+            if lent:
+                held.lent.view(vocab, dim)[part] = -1.0
+            assert torch.equal(slab, torch.full_like(slab, number))
+
+
+@pytest.mark.parametrize(("kept", "of"), [(1, 1), (3, 5), (4, 5), (5, 5)])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_only_logits_that_are_not_kept_are_made_anew(
+    kept: int, of: int, needs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab, columns = 100, 100 // of
+    layout = slab_layout.HeldLayout(columns, own=1, lent=kept - 1, slabs=of)
+    monkeypatch.setattr(slabs, "held_layout", lambda *_: layout)
+    x, unembedding = normal(0, ROWS, 256), normal(1, vocab, 256)
+    asked = problem(x, unembedding, integers(2, vocab, ROWS))
+    upstream = (torch.arange(ROWS) < 16).double()
+    found, held = forward_held(asked, [*needs, False], False, False)
+
+    def backward() -> None:
+        backward_held(asked, upstream, found.base, found.log_sum, [*needs, False], held, False)
+
+    assert operations(backward) == 2 * 16 * 256 * (vocab * sum(needs) + columns * (of - kept))
 
 
 @pytest.mark.parametrize("count", [[], [0], [1], [0, 0], [1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 1]])

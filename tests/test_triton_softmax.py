@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import OnGpu, addmm_of_a_gpu
+from tests.loss_forms import held_logits
 from tests.strategies import integers, normal, uniform
 
 
@@ -737,12 +738,17 @@ def test_schedules_take_the_route_of_a_gpu(
         local, known = slabs.forward_backward_rows(asked, scale, dft, True, True, needs)
         first, made, guessed = slabs.forward_guessing_rows(asked, guess, True, needs)
         made = slabs.corrected_rows(asked, guessed, scale, made, needs)
-        kept, held = slabs.forward_held(asked, True)
-        some = scale * (scale > 0.5)
-        used = slabs.backward_held(asked, some, kept.base, kept.log_sum, needs, held, False)
-        gradients = (x * some.unit for some in (later, known, made, used) for x in some[:3])
-        numbers = [*gradients]
-        for some in (columns, local, first, kept):
+        all_rows, all_gradients = [columns, local, first], [later, known, made]
+        for form in ("held", "lent"):
+            with held_logits(form):
+                kept, held = slabs.forward_held(asked, needs, True, False)
+                assert (len(held.lent) > 0) == (form == "lent")
+                some = scale * (scale > 0.5)
+                used = slabs.backward_held(asked, some, kept.base, kept.log_sum, needs, held, False)
+            all_rows.append(kept)
+            all_gradients.append(used)
+        numbers = [x * some.unit for some in all_gradients for x in some[:3]]
+        for some in all_rows:
             numbers += [some.loss, some.ce, some.base + some.log_sum, some.correct, some.weight]
         return [part.as_subclass(Tensor).cpu() for part in numbers]
 

@@ -165,7 +165,8 @@ def linear_weighted_mtp_loss(
     pass. The last is asked several times, as the cross entropy comes in, which predictions it would
     keep; what it says when it knows all is what counts, and rows that were guessed wrong are corrected
     in the backward pass. Any other function is called once, and the logits of what it keeps are made
-    twice. On CUDA, where ``slab_bytes`` holds all logits, they are made once whatever the weights.
+    twice. On CUDA, in eager mode, logits that are kept (see ``slab_bytes``) are made once whatever the
+    weights.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head.
@@ -184,8 +185,10 @@ def linear_weighted_mtp_loss(
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
             bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
             CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
-            logits that fit in it altogether are kept until the backward pass, and made anew if the
-            graph is kept for another.
+            logits are kept until the backward pass if they fit in it altogether; or else, where it has
+            no room for float32 sums or for a quarter of them at most is missing, those that fit in it
+            and in the unembedding's gradient, whose memory they use first. Where the graph is kept for
+            another backward pass they are made anew.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,

@@ -9,7 +9,7 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-Where ``keeps_logits``, ``row_losses`` keeps all logits for the backward pass, and nothing is gained by the
+Where ``keeps_logits``, ``row_losses`` keeps logits for the backward pass, and nothing is gained by the
 other two.
 """
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
+from wmtp.slab_layout import Held
 from wmtp.slabs import (
     Guess,
-    Held,
     backward_columns,
     backward_held,
     can_guess,
@@ -104,7 +104,7 @@ def _is_eager(problem: Problem) -> bool:
 
 
 def keeps_logits(problem: Problem) -> bool:
-    """Whether all logits are kept for the backward pass: in eager mode, where the budget holds them."""
+    """Whether logits are kept for the backward pass: in eager mode, where ``can_hold``."""
     return _is_eager(problem) and can_hold(problem, _needs(problem))
 
 
@@ -315,9 +315,11 @@ class _HeldRowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *problem, with_correct, all_count = inputs
-        rows, held = forward_held(Problem(*problem), with_correct)
+        needs = ctx.needs_input_grad[:3]
+        rows, held = forward_held(Problem(*problem), needs, with_correct, all_count)
+        *kept, ctx.layout = held
         ctx.options, ctx.all_count = problem[4:], all_count
-        ctx.save_for_backward(*rows[2:4], *problem[:4], *held)
+        ctx.save_for_backward(*rows[2:4], *problem[:4], *kept)
         ctx.mark_non_differentiable(*rows[1:])
         ctx.set_materialize_grads(False)
         return rows
@@ -332,14 +334,14 @@ class _HeldRowLosses(torch.autograd.Function):
         odd = torch.compiler.is_compiling() or not _checks.is_plain(upstream)
         if odd or torch.is_grad_enabled() or _graph_is_kept():
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7
-        base, log_sum, *tensors, rows, cells = saved
+        base, log_sum, *tensors, rows, own, lent = saved
         gradients = backward_held(
             Problem(*tensors, *ctx.options),
             upstream,
             base,
             log_sum,
             needs,
-            Held(rows, cells),
+            Held(rows, own, lent, ctx.layout),
             ctx.all_count,
         )
         return *_asked_for(_in_units(gradients), needs), *[None] * 7

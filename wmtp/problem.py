@@ -141,9 +141,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def beside_bytes(hidden: Tensor) -> int:
-    """What a walk over the vocabulary has beside its slab: a copy of hidden states, and a wide sum."""
-    return hidden.numel() * (hidden.dtype.itemsize + wide_dtype(hidden.dtype).itemsize)
+def beside_bytes(hidden: Tensor, rows: int, *, copied: bool = True) -> int:
+    """What a walk over the vocabulary has beside a slab of rows: their hidden states, and a wide sum."""
+    size, wide = hidden.dtype.itemsize, wide_dtype(hidden.dtype).itemsize
+    return rows * hidden.shape[1] * ((size if copied else 0) + wide)
 
 
 def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> int:
@@ -158,7 +159,7 @@ def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> 
         whole = unembedding.numel() * size
         excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
-        beside = beside_bytes(hidden) if hidden.is_cuda else 0
+        beside = beside_bytes(hidden, len(hidden)) if hidden.is_cuda else 0
         return slab + slab // 15 + excess + beside
     if slab_bytes < row:
         raise ValueError(

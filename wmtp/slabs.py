@@ -1,7 +1,7 @@
 """The schedules of the linear losses: which slab of logits is computed when, and kept how long.
 
-Five walks over the same matrix of logits, none of which holds more of it than a slab. A slab is made
-by one product, finished by ``slab_softmax.py``, and used by up to two more products (``products.py``).
+Five walks over the same matrix of logits, all but one of which hold no more of it than a slab. A slab is
+made by one product, finished by ``slab_softmax.py``, and used by up to two more (``products.py``).
 
 * ``forward_columns``: loss and log-sum-exp of each row. Slabs of vocabulary. One product.
 * ``backward_columns``: the gradient for any upstream gradient, given the log-sum-exp. Slabs of
@@ -11,8 +11,9 @@ by one product, finished by ``slab_softmax.py``, and used by up to two more prod
 * ``forward_guessing_rows``, then ``corrected_rows``: both at once, for factors that are known only when
   all losses are, but can be guessed from the losses so far. Slabs of rows. One product for all rows,
   two for those with a guess, three for those whose guess was wrong.
-* ``forward_held``, then ``backward_held``: as the first two, where one slab holds the logits of all rows
-  and is kept in between. One product for all rows, two for those that count.
+* ``forward_held``, then ``backward_held``: as the first two, but slabs are kept in between, all of them or
+  as many as there is memory for. One product for all rows, two for those that count, and what is not kept
+  is made anew for these.
 
 Rows without a target (``target < 0``) enter no product. Plain functions of tensors: gradients and
 ``torch.compile`` are the business of ``operators.py``.
@@ -25,16 +26,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, beside_bytes
-from wmtp.products import (
-    add_product,
-    evenly,
-    filled_up,
-    gathered,
-    logits_of,
-    move_up,
-    parts,
-    scratch_cells,
+from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
+from wmtp.products import add_product, filled_up, gathered, logits_of, move_up, parts
+from wmtp.slab_layout import (
+    Held,
+    column_slab,
+    copied_bytes,
+    held_for,
+    held_layout,
+    held_slab,
+    laid_out,
+    most_rows,
+    row_slab,
+    row_stride,
+    sum_cells,
+    used_slab,
 )
 from wmtp.slab_softmax import (
     ColumnSums,
@@ -49,39 +55,20 @@ from wmtp.slab_softmax import (
 from wmtp.target_rows import add_targets, scaled, write_hidden
 
 
-# Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and makes products
-# that are large enough for a GPU.
-_COLUMN_SLAB_BYTES = 2**25
-_COLUMN_SLAB_BYTES_GPU = 2**29
 # Rows whose logits are walked over together where only their losses are wanted.
 _BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192
-# Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
-_MIN_COLUMNS = 256
 # More slabs than this and guessing their factors takes a time of its own.
 _MOST_GUESSES = 256
+# So much of the logits must be kept where gradients can be summed in the forward pass.
+_SHARE_WORTHWHILE = 0.75
 # Rows whose largest hidden number is more than so many times the median of all are not guessed.
 _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
-# A slab of vocabulary starts at a multiple of so many columns, for vector loads; and on a GPU, whose
-# products want it aligned, every row of a slab.
-_ALIGNED_COLUMNS, _ALIGNED_COLUMNS_GPU = 16, 64
 
 
 # From the cross entropy of the rows that have been seen, and which these are, what they will count.
 Guess = Callable[[Tensor, Tensor], Tensor]
-
-
-class Held(NamedTuple):
-    """The logits of some rows, kept from the forward pass to the backward pass.
-
-    Attributes:
-        rows: ``[held]``, which rows of the problem.
-        cells: their slab, flat; see ``_laid_out``.
-    """
-
-    rows: Tensor
-    cells: Tensor
 
 
 def forward_columns(problem: Problem, with_correct: bool) -> Rows:
@@ -89,44 +76,62 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     # One deliberate synchronisation: rows without a target are left out of the product.
     active = (problem.target >= 0).nonzero().squeeze(1)
     block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS
-    rows, columns = _column_slab(problem, min(len(active), block), _copied_bytes(problem, active))
-    cells = problem.hidden.new_empty(rows * _apart(problem, columns))
+    rows, columns = column_slab(problem, min(len(active), block), copied_bytes(problem, active))
+    cells = problem.hidden.new_empty(rows * row_stride(problem, columns))
     return _found_in_columns(problem, with_correct, active, cells, rows, columns)
 
 
 def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether ``forward_held`` has the memory it wants, and is the faster way.
+    """Whether ``forward_held`` is the faster way, and has the memory that it wants.
 
     Not on a CPU: there a slab that is not used at once has left the cache when it is.
     """
-    hidden = problem.hidden
-    cells = len(hidden) * _apart(problem, problem.vocab)
-    # Beside them the backward pass has the hidden states that count, and their gradient as it is summed.
-    held = cells * hidden.itemsize + beside_bytes(hidden)
-    return any(needs) and hidden.is_cuda and held <= problem.slab_bytes
+    if not (any(needs) and problem.hidden.is_cuda):
+        return False
+    share = held_layout(problem, len(problem.hidden), needs).share
+    # Wide gradients that are made in the forward pass take three products, and sums that take a GPU as long
+    # as a part of one; without the memory for them it is four, of which every kept slab saves some.
+    return share >= _SHARE_WORTHWHILE if problem.holds_wide(needs) else share > 0
 
 
-def forward_held(problem: Problem, with_correct: bool) -> tuple[Rows, Held]:
-    """``forward_columns``, and the logits it has made. ``can_hold`` says whether to call this."""
+def forward_held(
+    problem: Problem, needs: Sequence[bool], with_correct: bool, all_count: bool
+) -> tuple[Rows, Held]:
+    """``forward_columns``, and what it keeps of the logits. ``can_hold`` says whether to call this.
+
+    ``all_count``: no row with a target will have an upstream gradient of 0, unless all have.
+    """
     active = (problem.target >= 0).nonzero().squeeze(1)
-    cells = problem.hidden.new_empty(len(active) * _apart(problem, problem.vocab))
-    size = len(active), problem.vocab
-    return _found_in_columns(problem, with_correct, active, cells, *size), Held(active, cells)
+    held = held_for(problem, active, held_layout(problem, len(active), needs, all_count))
+    size = len(active), held.layout.columns
+    return _found_in_columns(problem, with_correct, active, held.own, *size, held), held
 
 
 def _found_in_columns(
-    problem: Problem, with_correct: bool, active: Tensor, cells: Tensor, rows: int, columns: int
+    problem: Problem,
+    with_correct: bool,
+    active: Tensor,
+    cells: Tensor,
+    rows: int,
+    columns: int,
+    held: Held | None = None,
 ) -> Rows:
-    """Everything about the active rows but weights, by slabs of so many rows and columns."""
+    """Everything about the active rows but weights, by slabs of so many rows and columns.
+
+    The last columns come first: if some are held, the first are left in the cells when all are done.
+    """
     found: Rows | None = None
-    scratch = scratch_for(_laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)
+    scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)
     for some in parts(len(active), rows):
         block = active[some]
         size = filled_up(len(block), rows)
         x = gathered(problem.hidden, block, size)
         seen: list[ColumnSums] = []
-        for part in parts(problem.vocab, columns):
-            whole = _laid_out(problem, cells, size, part.stop - part.start)
+        for number, part in reversed([*enumerate(parts(problem.vocab, columns))]):
+            width = part.stop - part.start
+            whole = None if held is None else held_slab(problem, held, number, width)
+            if whole is None:
+                whole = laid_out(problem, cells, size, width)
             # The first product before anything else that can wait: a GPU has nothing to do until then.
             _product(problem, x, part, whole)
             wanted = problem.target[block] - part.start
@@ -136,7 +141,7 @@ def _found_in_columns(
                     problem.label_smoothing > 0, scratch,
                 )
             )  # fmt: skip
-        done = _whole_rows(problem, problem.target[block], seen, columns)
+        done = _whole_rows(problem, problem.target[block], seen[::-1], columns)
         if len(block) == len(problem.target):
             return done
         if found is None:
@@ -190,7 +195,7 @@ def forward_backward_rows(
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
     dtype = problem.gradient_dtype(needs, weighting)
-    most = _most_rows(problem, needs)
+    most = most_rows(problem, needs)
     # Where one slab is not all, or it is not known yet how large z-loss makes the gradients.
     parted = needs[1] and len(active) > most
     if dtype != problem.wide and (parted or (dtype == torch.float16 and problem.z_loss)):
@@ -203,7 +208,7 @@ def forward_backward_rows(
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
     of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    slab, scratch = _row_slab(problem, len(active), most)
+    slab, scratch = row_slab(problem, len(active), most)
     into = Gradients(of_hidden, of_weight, of_bias, unit)
     for some in parts(len(active), len(slab)):
         block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
@@ -222,7 +227,7 @@ def can_guess(problem: Problem, needs: Sequence[bool]) -> bool:
     """Whether ``forward_guessing_rows`` has the memory it wants, and few enough guesses to make."""
     if not any(needs) or not problem.holds_wide(needs):
         return False
-    return len(problem.target) <= _MOST_GUESSES * _most_rows(problem, needs)
+    return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs)
 
 
 def forward_guessing_rows(
@@ -247,7 +252,7 @@ def forward_guessing_rows(
     size = hidden.abs().amax(1)
     # What a row of these adds could not be taken back without rounding what others have added.
     sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
-    slab, scratch = _row_slab(problem, len(active), _most_rows(problem, needs))
+    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs))
     slabs = len(list(parts(len(active), len(slab))))
     for first in range(slabs):
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
@@ -278,7 +283,7 @@ def corrected_rows(
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:
             gradient.zero_()
-    slab, scratch = _row_slab(problem, len(active), _most_rows(problem, needs))
+    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs))
     for some in parts(len(active), len(slab)):
         block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)
         of_hidden, of_others = factor[block.rows], (factor - guessed)[block.rows]
@@ -297,8 +302,8 @@ def backward_columns(
     """
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     summed = len(active) * problem.hidden.shape[1] * problem.wide.itemsize
-    rows, columns = _column_slab(problem, len(active), _copied_bytes(problem, active) + summed)
-    cells = problem.hidden.new_empty(rows * _apart(problem, columns))
+    rows, columns = column_slab(problem, len(active), copied_bytes(problem, active) + summed)
+    cells = problem.hidden.new_empty(rows * row_stride(problem, columns))
     filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
     known = _known_of(problem, upstream, base, log_sum, active)
     return _summed_over_columns(problem, needs, known, filled, cells, rows, columns)
@@ -327,9 +332,8 @@ def backward_held(
         # Waited for when everything else is on its way: a GPU has nothing to do until then.
         left = int(size)
         known, x, source = _Known(*(column[:left] for column in known)), x[:left], source[:left]
-    return _summed_over_columns(
-        problem, needs, known, x, held.cells, len(rows), problem.vocab, is_held=True, source=source
-    )
+    size = len(known.rows), held.layout.columns
+    return _summed_over_columns(problem, needs, known, x, held.own, *size, held, source)
 
 
 def _moved_together(count: Tensor, size: Tensor) -> Tensor:
@@ -381,14 +385,12 @@ def _summed_over_columns(
     cells: Tensor,
     rows: int,
     columns: int,
-    *,
-    is_held: bool = False,
+    held: Held | None = None,
     source: Tensor | None = None,
 ) -> Gradients:
     """Gradients from some rows and their hidden states, by slabs of so many rows and columns.
 
-    With ``is_held`` there is one slab, whose logits are there already: in the order of the rows, or where
-    ``source`` says.
+    Logits that are held are in the order of the rows, or where ``source`` says.
     """
     active, factor, wanted, base, log_sum = known
     x, weight = filled[: len(active)], problem.unembedding
@@ -399,29 +401,39 @@ def _summed_over_columns(
     scale = torch.ones_like(factor) if left is None else left
     rescaled = x if left is None else scaled(x, left).to(x.dtype)
     of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
-    of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
+    if needs[1] and held is not None and len(held.lent):
+        # Slice by slice, when the logits that lie there have been used up.
+        of_weight = held.lent.view(weight.shape)
+        if not len(active):
+            of_weight.zero_()
+    else:
+        of_weight = _unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
-    tiled = _laid_out(problem, cells, rows, columns)
-    scratch = scratch_for(tiled, problem.slab_bytes // 16, _sum_cells(problem))
-    for part in parts(problem.vocab if len(active) else 0, columns):
+    scratch = scratch_for(
+        laid_out(problem, cells, rows, columns), problem.slab_bytes // 16, sum_cells(problem)
+    )
+    for number, part in enumerate(parts(problem.vocab if len(active) else 0, columns)):
         total = of_weight[part]
         if needs[1] and sum_dtype != total.dtype:
             total = torch.empty_like(total, dtype=sum_dtype)
+        kept = None if held is None else used_slab(problem, held, number, part)
         for block in parts(len(active), rows):
             # With rows of zeros behind the last block, whose logits nobody looks at.
             whole = slice(block.start, min(block.start + rows, len(filled)))
-            size = whole.stop - whole.start
-            made = _laid_out(problem, cells, size, part.stop - part.start)
-            if not is_held:
+            if kept is None:
+                made = laid_out(problem, cells, whole.stop - whole.start, part.stop - part.start)
                 _product(problem, filled[whole], part, made)
+            else:
+                made = kept[: len(active)]
             logits = made[: block.stop - block.start]
             at_target[block] += gradient_over_columns(
-                logits if source is None else tiled, wanted[block] - part.start, base[block],
+                logits if kept is None else kept, wanted[block] - part.start, base[block],
                 log_sum[block], factor[block], problem.label_smoothing, problem.z_loss,
-                problem.softcap, problem.vocab, scratch, left is not None, source,
+                problem.softcap, problem.vocab, scratch, left is not None,
+                None if kept is None else source,
             )  # fmt: skip
             if needs[0]:
                 add_product(of_x[whole], made, weight[part], scratch, fresh=part.start == 0)
@@ -431,7 +443,7 @@ def _summed_over_columns(
                 _add_to_bias(problem, of_bias[part], logits, scale[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
-    del cells, tiled, scratch, rescaled
+    del cells, scratch, rescaled
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
         write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
@@ -587,74 +599,3 @@ def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor)
     size = logits.shape[1] * total.dtype.itemsize
     for part in parts(len(logits), problem.slab_bytes // 32 // size):
         total.addmv_(logits[part].to(total.dtype).T, scale[part])
-
-
-def _sum_cells(problem: Problem) -> int:
-    """Scratch for sums that are wider than the products."""
-    return scratch_cells(problem.hidden, problem.wide)
-
-
-def _most_rows(problem: Problem, needs: Sequence[bool]) -> int:
-    """Rows of logits in what wide gradients leave of the budget, beside a scratch of a sixteenth."""
-    excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
-    row = _apart(problem, problem.vocab) * problem.hidden.itemsize
-    return (problem.slab_bytes - excess) * 15 // 16 // row
-
-
-def _row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
-    """A slab for as many rows at a time as there are or as there is room for, and its scratch."""
-    size = filled_up(evenly(rows, most), most)
-    flat = problem.hidden.new_empty(size * _apart(problem, problem.vocab))
-    slab = _laid_out(problem, flat, size, problem.vocab)
-    return slab, scratch_for(slab, problem.slab_bytes // 16, _sum_cells(problem))
-
-
-def _apart(problem: Problem, columns: int) -> int:
-    """How many cells from one row of a slab to the next."""
-    # A GPU's product adds a bias before it rounds only where nothing lies between the rows.
-    aligned = problem.hidden.is_cuda and problem.bias is None
-    return columns + (-columns % _ALIGNED_COLUMNS_GPU if aligned else 0)
-
-
-def _laid_out(problem: Problem, cells: Tensor, rows: int, columns: int) -> Tensor:
-    """The first of some cells as a slab of so many rows and columns."""
-    apart = _apart(problem, columns)
-    return cells[: rows * apart].view(rows, apart)[:, :columns]
-
-
-def _copied_bytes(problem: Problem, active: Tensor) -> int:
-    """What hidden states take that ``gathered`` has copied: none if there is a target for each."""
-    whole = len(active) == len(problem.hidden)
-    return 0 if whole else len(active) * problem.hidden.shape[1] * problem.hidden.itemsize
-
-
-def _column_slab(problem: Problem, rows: int, beside: int = 0) -> tuple[int, int]:
-    """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them.
-
-    On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others, but no more than
-    three quarters of it.
-    """
-    size = problem.hidden.dtype.itemsize
-    budget, large = problem.slab_bytes, _COLUMN_SLAB_BYTES
-    if problem.hidden.is_cuda:
-        budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU
-    budget = max(1, budget // size)
-    cells = min(budget, large // size)
-    most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
-    # Rows that lie a power of two apart meet in the same lines of a CPU's cache: a product that writes
-    # them takes 7 % longer. At an odd multiple of 16 columns they do not.
-    on_gpu = problem.hidden.is_cuda
-    aligned = _ALIGNED_COLUMNS_GPU if on_gpu else _ALIGNED_COLUMNS
-    if most >= aligned:
-        most -= most % aligned
-        if not on_gpu and most // aligned % 2 == 0:
-            most -= aligned
-        columns = evenly(problem.vocab, most)
-        columns += -columns % aligned
-        if not on_gpu and columns // aligned % 2 == 0:
-            columns += aligned
-        columns = min(problem.vocab, columns)
-    else:
-        columns = evenly(problem.vocab, most)
-    most = max(cells, columns) // _apart(problem, columns)
-    return filled_up(evenly(rows, most), most), columns

@@ -1,0 +1,216 @@
+"""Where slabs of logits lie: how large they are within a budget, how far apart their rows, what is kept.
+
+A budget holds a slab and what is beside it: scratch, wide sums, copies of hidden states. Slabs that are
+kept for the backward pass may have more memory than that: the unembedding's gradient, which the backward
+pass will hand out, is as large as the logits of ``dim`` rows, and has nothing to hold until then.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from wmtp.problem import Problem, beside_bytes
+from wmtp.products import evenly, filled_up, scratch_cells
+from wmtp.slab_softmax import scratch_for
+
+
+# Walks over the vocabulary gain nothing from a larger slab: it leaves a CPU's cache, and makes products
+# that are large enough for a GPU.
+_COLUMN_SLAB_BYTES = 2**25
+_COLUMN_SLAB_BYTES_GPU = 2**29
+# Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
+_MIN_COLUMNS = 256
+# To add up the hidden states' gradient takes a GPU about as long as to make the logits of so many columns.
+_SUM_COLUMNS = 1000
+# Into how many pieces a slab of vocabulary is cut at most, so that more of them are kept.
+_MOST_PIECES = 8
+# A slab of vocabulary starts at a multiple of so many columns, for vector loads; and on a GPU, whose
+# products want it aligned, every row of a slab.
+_ALIGNED_COLUMNS, _ALIGNED_COLUMNS_GPU = 16, 64
+
+
+def row_stride(problem: Problem, columns: int) -> int:
+    """How many cells from one row of a slab to the next."""
+    # A GPU's product adds a bias before it rounds only where nothing lies between the rows.
+    aligned = problem.hidden.is_cuda and problem.bias is None
+    return columns + (-columns % _ALIGNED_COLUMNS_GPU if aligned else 0)
+
+
+def laid_out(problem: Problem, cells: Tensor, rows: int, columns: int) -> Tensor:
+    """The first of some cells as a slab of so many rows and columns."""
+    stride = row_stride(problem, columns)
+    return cells[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def sum_cells(problem: Problem) -> int:
+    """Scratch for sums that are wider than the products."""
+    return scratch_cells(problem.hidden, problem.wide)
+
+
+def most_rows(problem: Problem, needs: Sequence[bool]) -> int:
+    """Rows of logits in what wide gradients leave of the budget, beside a scratch of a sixteenth."""
+    excess = problem.wide_excess(needs) if problem.holds_wide(needs) else 0
+    row = row_stride(problem, problem.vocab) * problem.hidden.itemsize
+    return (problem.slab_bytes - excess) * 15 // 16 // row
+
+
+def row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
+    """A slab for as many rows at a time as there are or as there is room for, and its scratch."""
+    size = filled_up(evenly(rows, most), most)
+    flat = problem.hidden.new_empty(size * row_stride(problem, problem.vocab))
+    slab = laid_out(problem, flat, size, problem.vocab)
+    return slab, scratch_for(slab, problem.slab_bytes // 16, sum_cells(problem))
+
+
+def copied_bytes(problem: Problem, active: Tensor) -> int:
+    """What hidden states take that ``gathered`` has copied: none if there is a target for each."""
+    whole = len(active) == len(problem.hidden)
+    return 0 if whole else len(active) * problem.hidden.shape[1] * problem.hidden.itemsize
+
+
+def column_slab(problem: Problem, rows: int, beside: int = 0) -> tuple[int, int]:
+    """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them.
+
+    On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others, but no more than
+    three quarters of it.
+    """
+    size = problem.hidden.dtype.itemsize
+    budget, large = problem.slab_bytes, _COLUMN_SLAB_BYTES
+    if problem.hidden.is_cuda:
+        budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU
+    budget = max(1, budget // size)
+    cells = min(budget, large // size)
+    most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
+    # Rows that lie a power of two apart meet in the same lines of a CPU's cache: a product that writes
+    # them takes 7 % longer. At an odd multiple of 16 columns they do not.
+    on_gpu = problem.hidden.is_cuda
+    aligned = _ALIGNED_COLUMNS_GPU if on_gpu else _ALIGNED_COLUMNS
+    if most >= aligned:
+        most -= most % aligned
+        if not on_gpu and most // aligned % 2 == 0:
+            most -= aligned
+        columns = evenly(problem.vocab, most)
+        columns += -columns % aligned
+        if not on_gpu and columns // aligned % 2 == 0:
+            columns += aligned
+        columns = min(problem.vocab, columns)
+    else:
+        columns = evenly(problem.vocab, most)
+    most = max(cells, columns) // row_stride(problem, columns)
+    return filled_up(evenly(rows, most), most), columns
+
+
+class HeldLayout(NamedTuple):
+    """Slabs of vocabulary, of all rows, that are kept from the forward pass to the backward pass.
+
+    Attributes:
+        columns: of each slab, but the last of the vocabulary may have fewer.
+        own: how many of them, from the first, have memory of their own. None where not even one fits.
+        lent: how many of the next have memory of the unembedding's gradient.
+        slabs: how many there are. Those that are left are made anew.
+    """
+
+    columns: int
+    own: int
+    lent: int
+    slabs: int
+
+    @property
+    def share(self) -> float:
+        """How much is kept, of 1."""
+        return (self.own + self.lent) / self.slabs
+
+
+def held_layout(
+    problem: Problem, rows: int, needs: Sequence[bool], all_count: bool = False
+) -> HeldLayout:
+    """What is kept of the logits of so many rows; as one slab if the budget holds all of them.
+
+    ``all_count``: none of the rows is left out in the backward pass.
+    """
+    hidden, vocab = problem.hidden, problem.vocab
+    beside = beside_bytes(hidden, rows, copied=not all_count or rows < len(hidden))
+    cells = max(0, problem.slab_bytes - beside) // hidden.itemsize
+    if rows * row_stride(problem, vocab) <= cells:
+        return HeldLayout(vocab, own=1, lent=0, slabs=1)
+    at_once, widest = column_slab(problem, rows, beside)
+    if at_once < rows:
+        return HeldLayout(widest, own=0, lent=0, slabs=-(-vocab // widest))
+
+    def cut(columns: int) -> HeldLayout:
+        own = max(1, cells // (rows * row_stride(problem, columns)))
+        slabs = -(-vocab // columns)
+        lent = most_lent(problem, rows, columns, own) if needs[1] else 0
+        return HeldLayout(columns, min(own, slabs), lent, slabs)
+
+    def cost(layout: HeldLayout) -> int:
+        kept = min(vocab, (layout.own + layout.lent) * layout.columns)
+        return vocab - kept + layout.slabs * _SUM_COLUMNS
+
+    # Narrower slabs fill the memory better, but there are more of them to be summed.
+    pieces = range(1, max(1, min(_MOST_PIECES, widest // _MIN_COLUMNS)) + 1)
+    widths = (evenly(vocab, -(-widest // some)) for some in pieces)
+    return min((cut(width + -width % _ALIGNED_COLUMNS_GPU) for width in widths), key=cost)
+
+
+def most_lent(problem: Problem, rows: int, columns: int, own: int) -> int:
+    """How many slabs, behind those of their own memory, the unembedding's gradient has room for.
+
+    They lie at its end, and it is written from its start, a slice for each slab when that is used up. No
+    slice may reach a slab that is still to come.
+    """
+    vocab, dim = problem.unembedding.shape
+    slab, slice_ = rows * row_stride(problem, columns), columns * dim
+    # All slices before the first of the lent, and all before the last; then it holds for those between.
+    first = (vocab * dim - own * slice_) // slab
+    last = (vocab * dim - slab) // slice_ + 1 - own
+    return max(0, min(-(-vocab // columns) - own, first, last))
+
+
+class Held(NamedTuple):
+    """Logits of some rows, kept from the forward pass to the backward pass.
+
+    Attributes:
+        rows: ``[held]``, which rows of the problem.
+        own: cells of the slabs that have their own memory, flat, the first of which others may use later.
+        lent: memory of the unembedding's gradient, ``[vocab · dim]``, or empty if no slab is in it.
+        layout: which slab is where.
+    """
+
+    rows: Tensor
+    own: Tensor
+    lent: Tensor
+    layout: HeldLayout
+
+
+def held_for(problem: Problem, rows: Tensor, layout: HeldLayout) -> Held:
+    """Memory for the logits of some rows."""
+    x = problem.hidden
+    own = x.new_empty(layout.own * len(rows) * row_stride(problem, layout.columns))
+    return Held(rows, own, x.new_empty(problem.unembedding.numel() if layout.lent else 0), layout)
+
+
+def held_slab(problem: Problem, held: Held, number: int, columns: int) -> Tensor | None:
+    """Where a slab of vocabulary with so many columns is kept, if it is."""
+    columns_before, own, lent, _ = held.layout
+    size = len(held.rows) * row_stride(problem, columns_before)
+    if number >= own + lent:
+        return None
+    if number < own:
+        cells = held.own[number * size :]
+    else:
+        cells = held.lent[len(held.lent) - (own + lent - number) * size :]
+    return laid_out(problem, cells, len(held.rows), columns)
+
+
+def used_slab(problem: Problem, held: Held, number: int, part: slice) -> Tensor | None:
+    """The same in the backward pass, moved away if the slice of the gradient will be written over it."""
+    slab = held_slab(problem, held, number, part.stop - part.start)
+    if slab is None or number < held.layout.own:
+        return slab
+    start = slab.storage_offset() - held.lent.storage_offset()
+    if start >= part.stop * problem.unembedding.shape[1]:
+        return slab
+    free = laid_out(problem, held.own, len(held.rows), part.stop - part.start)
+    return free.copy_(slab)

@@ -18,7 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import OnGpu, leaf
 from tests.loss_forms import held_logits
 from tests.strategies import integers, mask, normal, uniform
-from wmtp import linear_weighted_mtp_loss, operators, slab_layout, slab_softmax, slabs
+from wmtp import (
+    linear_mtp_ce_loss,
+    linear_token_nll,
+    linear_weighted_mtp_loss,
+    operators,
+    slab_layout,
+    slab_softmax,
+    slabs,
+)
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
 from wmtp.slabs import (
     backward_columns,
@@ -768,3 +776,36 @@ def test_what_counts_is_asked_late_on_a_gpu(needs: bool) -> None:
         # Where they do not fit, known weights make gradients in the forward pass.
         assert operators.counts_late(there._replace(slab_bytes=5 * 8)) != needs
         assert not operators.counts_late(problem(x, x[:5], target))
+
+
+@pytest.mark.parametrize("loss", ["none", "token nll"])
+def test_held_rows_whose_loss_nobody_uses_enter_no_product_of_the_backward_pass(loss: str) -> None:
+    vocab, used = 50, 7
+    x, unembedding = leaf(normal(0, 1, 20, DIM)), leaf(normal(1, vocab, DIM))
+    labels = integers(2, vocab, 1, 20)
+    with held_logits():
+        if loss == "none":
+            found = linear_mtp_ce_loss(x, unembedding, labels, offsets=[0], reduction="none")
+        else:
+            found = linear_token_nll(x, unembedding, labels)
+        cost = operations(found.flatten()[1 : 1 + used].sum().backward)
+    assert cost == 2 * used * vocab * DIM * 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_of_all_rows_does_not_ask_which_count(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask is to wait for a GPU, and takes a copy of the hidden states."""
+    seen: list[bool] = []
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        return backward_held(*arguments)
+
+    monkeypatch.setattr(operators, "backward_held", noted)
+    x, unembedding = leaf(normal(0, 1, 6, DIM)), normal(1, 5, DIM)
+    with held_logits():
+        loss = linear_mtp_ce_loss(x, unembedding, integers(2, 5, 1, 6), reduction=reduction)
+        loss.sum().backward()
+    assert seen == [reduction != "none"]

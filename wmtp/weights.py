@@ -116,7 +116,8 @@ def weight_if_kept(
     """What ``top_k_weights`` gives each entry that it keeps, which the scores do not change."""
     scoped = Scoped(valid, scope, group)
     count = scoped.total(scoped.split(valid).long()).double()
-    weight = torch.where(count > 0, count / (count * keep).ceil(), 0).to(dtype)
+    # 0/0 where nothing is valid, which nobody sees.
+    weight = (count / (count * keep).ceil()).to(dtype)
     return scoped.join(torch.where(scoped.split(valid), weight, 0))
 
 

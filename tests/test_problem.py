@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import OnGpu
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
-from wmtp.slab_layout import held_layout
+from wmtp.slab_layout import held_layout, most_rows
 from wmtp.slabs import can_hold
 
 
@@ -64,7 +64,29 @@ def test_the_default_is_a_slab_scratch_and_wide_sums(
     hidden = torch.empty(rows, dim, dtype=dtype, device="meta")
     unembedding = torch.empty(vocab, dim, dtype=dtype, device="meta")
     wide_sums = 2 * (rows + vocab) * dim if dtype in (torch.bfloat16, torch.float16) else 0
-    assert slab_budget(None, hidden, unembedding) == expected + expected // 15 + wide_sums
+    assert slab_budget(None, hidden, unembedding) == expected + -(-expected // 15) + wide_sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [32000, 50257, 128256])
+@pytest.mark.parametrize("rows", [2048, 4096, 2**17])
+def test_the_default_has_room_for_as_many_rows_of_logits_as_the_hidden_size(
+    dtype: torch.dtype, vocab: int, rows: int
+) -> None:
+    """Batches are often multiples of it: one row less, and there is a slab more.
+
+    However many rows there are, wide gradients fit too; a fourth product would be needed without.
+    """
+    dim, needs = 2048, [True, True, False]
+    hidden = torch.empty(rows, dim, dtype=dtype, device="meta")
+    unembedding = torch.empty(vocab, dim, dtype=dtype, device="meta")
+    budget = slab_budget(None, hidden, unembedding)
+    asked = Problem(hidden, unembedding, None, hidden[:, 0], 0.0, 0.0, 0.0, budget)
+    assert asked.holds_wide(needs)
+    assert most_rows(asked, needs) >= dim
+    assert budget <= (unembedding.numel() + 2 * hidden.numel()) * 4.3
+    if dtype == torch.float32:
+        assert most_rows(asked, needs) == dim
 
 
 def on_gpu(rows: int, slab_bytes: int | None) -> Problem:

@@ -160,7 +160,9 @@ def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> 
         excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
         beside = beside_bytes(hidden, len(hidden)) if hidden.is_cuda else 0
-        return slab + slab // 15 + excess + beside
+        # Rounded up: of what is left beside the scratch not a byte may be missing, or a row is. And room for
+        # narrow gradients beside the wide ones, however many hidden states there are: see `holds_wide`.
+        return excess + max(slab + -(-slab // 15), excess) + beside
     if slab_bytes < row:
         raise ValueError(
             f"slab_bytes must hold at least one row of logits, {row} bytes for a vocabulary of "

@@ -386,6 +386,46 @@ def test_rows_of_a_slab_of_vocabulary_lie_no_power_of_two_apart(
     assert 1 <= width <= vocab
 
 
+@pytest.mark.parametrize("rows", [1, 1000, 5000])
+@pytest.mark.parametrize("slab_bytes", [2**20, 2**24, 2**28, 2**32])
+@pytest.mark.parametrize("beside", [0, 2**19, 2**23, 2**27, 2**32])
+def test_a_slab_of_vocabulary_on_a_gpu_leaves_room_for_what_is_beside_it(
+    rows: int, slab_bytes: int, beside: int
+) -> None:
+    vocab = 50257
+    x = torch.empty(rows, 1, dtype=torch.bfloat16)
+    asked = problem(x.as_subclass(OnGpu), torch.empty(vocab, 1), torch.ones(rows).long())
+    height, width = slab_layout.column_slab(asked._replace(slab_bytes=slab_bytes), rows, beside)
+    room = max(slab_bytes - beside, slab_bytes // 4)
+    taken = height * slab_layout.row_stride(asked, width) * 2
+    assert width % 64 == 0 or width == vocab
+    # But for the narrowest slab of all, and what aligns the rows.
+    assert taken <= max(room, 256 * 2)
+    assert taken <= 2**29
+    # Little is left unused unless rows or vocabulary are at their end.
+    assert taken >= 0.5 * min(room, 2**29) or height >= rows
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_copied_hidden_states_are_told_from_the_slab(
+    missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def noted(*arguments: Any) -> Any:
+        told.append(arguments[2])
+        return slab_layout.column_slab(*arguments)
+
+    monkeypatch.setattr(slabs, "column_slab", noted)
+    target = integers(2, 10, 20).index_fill(0, torch.arange(missing), -1)
+    asked = problem(normal(0, 20, DIM), normal(1, 10, DIM), target)
+    found = forward_columns(asked, False)
+    upstream = torch.ones(20).double()
+    backward_columns(asked, upstream, found.base, found.log_sum, [True, True, False])
+    copied, summed = (20 - missing) * DIM * 8 if missing else 0, (20 - missing) * DIM * 8
+    assert told == [copied, copied + summed]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("slab_bytes", [2**13, 2**20])
 def test_rows_of_a_slab_may_lie_further_apart(

@@ -81,7 +81,11 @@ def held_logits(form: str = "held") -> Iterator[None]:
             layout = layout_within_little if form == "lent" else layout_of_all
             stack.enter_context(mock.patch.object(slabs, "held_layout", layout))
             stack.enter_context(
-                mock.patch.object(operators, "can_hold", lambda _, needs: any(needs))
+                mock.patch.multiple(
+                    operators,
+                    can_hold=lambda _, needs: any(needs),
+                    holds_better=lambda *_: True,
+                )
             )
         yield
 

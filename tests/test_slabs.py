@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -380,7 +381,7 @@ def test_rows_of_a_slab_of_vocabulary_lie_no_power_of_two_apart(
 ) -> None:
     asked = problem(torch.empty(rows, 1), torch.empty(vocab, 1), torch.ones(rows).long())
     asked = asked._replace(slab_bytes=slab_bytes)
-    height, width = slab_layout.column_slab(asked, rows)
+    height, width = slab_layout.column_slab(asked, rows, 0)
     assert width == vocab or (width % 16 == 0 and width // 16 % 2)
     assert height * width * 4 <= slab_bytes or width <= 256
     assert 1 <= width <= vocab
@@ -849,3 +850,35 @@ def test_a_loss_of_all_rows_does_not_ask_which_count(
         loss = linear_mtp_ce_loss(x, unembedding, integers(2, 5, 1, 6), reduction=reduction)
         loss.sum().backward()
     assert seen == [reduction != "none"]
+
+
+def test_gradients_in_lent_memory_may_be_changed_in_place() -> None:
+    x, unembedding = leaf(normal(0, 1, 6, 99)), leaf(normal(1, 50, 99))
+    with held_logits("lent"), mock.patch.object(operators, "_graph_is_kept", return_value=False):
+        loss = linear_mtp_ce_loss(x, unembedding, integers(2, 50, 1, 6))
+        (gradient,) = torch.autograd.grad(loss, unembedding)
+    expected = 2 * gradient
+    assert torch.equal(gradient.mul_(unembedding / unembedding * 2), expected)
+    assert torch.equal(gradient.detach_(), expected)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_logits_are_kept_for_weights_that_are_known_where_that_is_better(
+    better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a loss of each prediction always: there is no way with fewer products."""
+    kept: list[bool] = []
+
+    def noted(*arguments: Any) -> Any:
+        kept.append(True)
+        return forward_held(*arguments)
+
+    x, unembedding = leaf(normal(0, 1, 6, DIM)), leaf(normal(1, 50, DIM))
+    labels = integers(2, 50, 1, 6)
+    with held_logits():
+        monkeypatch.setattr(operators, "holds_better", lambda *_: better)
+        monkeypatch.setattr(operators, "forward_held", noted)
+        linear_weighted_mtp_loss(x, unembedding, labels, uniform(3, 1, 6)).backward()
+        assert kept == [True] * better
+        linear_mtp_ce_loss(x, unembedding, labels, reduction="none").sum().backward()
+        assert kept == [True] * (1 + better)

@@ -64,10 +64,10 @@ def linear_mtp_ce_loss(
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
             bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
             CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
-            logits are kept until the backward pass if they fit in it altogether; or else, where it has
-            no room for float32 sums or for a quarter of them at most is missing, those that fit in it
-            and in the unembedding's gradient, whose memory they use first. Where the graph is kept for
-            another backward pass they are made anew.
+            logits are kept until the backward pass: all if they fit in it, or else, unless gradients
+            can be made in the forward pass in less time, what fits in it and in the memory of the
+            unembedding's gradient, which every call then takes at once and not in its backward pass.
+            If the graph is kept for another they are made anew, in memory of their own.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to

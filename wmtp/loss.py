@@ -155,7 +155,7 @@ def linear_weighted_mtp_loss(
     softcap: float | None = None,
     slab_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
-    """``weighted_mtp_loss`` on ``hidden @ unembedding.T + bias``, never holding more logits than a slab.
+    """``weighted_mtp_loss`` on ``hidden @ unembedding.T + bias``, with bounded memory.
 
     One call covers all heads and gives one gradient of the unembedding. Predictions without a target
     enter no product; in the backward pass neither do those of weight 0.
@@ -185,10 +185,10 @@ def linear_weighted_mtp_loss(
             default 64 MiB of logits, or as many as the unembedding has if that is more; and for
             bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
             CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
-            logits are kept until the backward pass if they fit in it altogether; or else, where it has
-            no room for float32 sums or for a quarter of them at most is missing, those that fit in it
-            and in the unembedding's gradient, whose memory they use first. Where the graph is kept for
-            another backward pass they are made anew.
+            logits are kept until the backward pass: all if they fit in it, or else, unless gradients
+            can be made in the forward pass in less time, what fits in it and in the memory of the
+            unembedding's gradient, which every call then takes at once and not in its backward pass.
+            If the graph is kept for another they are made anew, in memory of their own.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,

@@ -9,8 +9,8 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-Where ``keeps_logits``, ``row_losses`` keeps logits for the backward pass, and nothing is gained by the
-other two.
+Where ``keeps_logits``, ``row_losses`` keeps logits for the backward pass, and where ``counts_late`` too
+nothing is gained by the other two.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from wmtp.slabs import (
     forward_columns,
     forward_guessing_rows,
     forward_held,
+    holds_better,
 )
 
 
@@ -111,10 +112,11 @@ def keeps_logits(problem: Problem) -> bool:
 def counts_late(problem: Problem) -> bool:
     """Whether nothing is gained by knowing what rows count before their losses.
 
-    Where the logits are kept; and on a GPU where no gradient is wanted, which has its product the sooner.
+    Where logits are kept, enough of them; and on a GPU where no gradient is wanted, which has its product
+    the sooner.
     """
     if keeps_logits(problem):
-        return True
+        return holds_better(problem, _needs(problem))
     return problem.hidden.is_cuda and _is_eager(problem) and not any(_needs(problem))
 
 

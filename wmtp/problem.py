@@ -160,8 +160,8 @@ def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> 
         excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
         beside = beside_bytes(hidden, len(hidden)) if hidden.is_cuda else 0
-        # Rounded up: of what is left beside the scratch not a byte may be missing, or a row is. And room for
-        # narrow gradients beside the wide ones, however many hidden states there are: see `holds_wide`.
+        # Rounded up: of what is left beside the scratch not a byte may be missing, or a row is. And room
+        # for narrow gradients beside wide ones, however many hidden states there are: see `holds_wide`.
         return excess + max(slab + -(-slab // 15), excess) + beside
     if slab_bytes < row:
         raise ValueError(

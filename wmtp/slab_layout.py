@@ -69,7 +69,7 @@ def copied_bytes(problem: Problem, active: Tensor) -> int:
     return 0 if whole else len(active) * problem.hidden.shape[1] * problem.hidden.itemsize
 
 
-def column_slab(problem: Problem, rows: int, beside: int = 0) -> tuple[int, int]:
+def column_slab(problem: Problem, rows: int, beside: int) -> tuple[int, int]:
     """Rows and columns of a slab of vocabulary: all rows, if enough columns are left for them.
 
     On a GPU, whose slabs are large, ``beside`` bytes of the budget are left for others, but no more than
@@ -151,7 +151,8 @@ def held_layout(
     # Narrower slabs fill the memory better, but there are more of them to be summed.
     pieces = range(1, max(1, min(_MOST_PIECES, widest // _MIN_COLUMNS)) + 1)
     widths = (evenly(vocab, -(-widest // some)) for some in pieces)
-    return min((cut(width + -width % _ALIGNED_COLUMNS_GPU) for width in widths), key=cost)
+    aligned = (min(vocab, width + -width % _ALIGNED_COLUMNS_GPU) for width in widths)
+    return min(map(cut, aligned), key=cost)
 
 
 def most_lent(problem: Problem, rows: int, columns: int, own: int) -> int:
@@ -205,7 +206,7 @@ def held_slab(problem: Problem, held: Held, number: int, columns: int) -> Tensor
 
 
 def used_slab(problem: Problem, held: Held, number: int, part: slice) -> Tensor | None:
-    """The same in the backward pass, moved away if the slice of the gradient will be written over it."""
+    """The same in the backward pass, moved away if the slice of the gradient would be written over it."""
     slab = held_slab(problem, held, number, part.stop - part.start)
     if slab is None or number < held.layout.own:
         return slab

@@ -82,16 +82,24 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
 
 
 def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether ``forward_held`` is the faster way, and has the memory that it wants.
+    """Whether ``forward_held`` has the memory that it wants, and anything for the backward pass to use.
 
     Not on a CPU: there a slab that is not used at once has left the cache when it is.
     """
     if not (any(needs) and problem.hidden.is_cuda):
         return False
-    share = held_layout(problem, len(problem.hidden), needs).share
-    # Wide gradients that are made in the forward pass take three products, and sums that take a GPU as long
-    # as a part of one; without the memory for them it is four, of which every kept slab saves some.
-    return share >= _SHARE_WORTHWHILE if problem.holds_wide(needs) else share > 0
+    return held_layout(problem, len(problem.hidden), needs).own > 0
+
+
+def holds_better(problem: Problem, needs: Sequence[bool]) -> bool:
+    """Whether that is faster than gradients made in the forward pass, where one could do either.
+
+    These take three products, if the budget has room for wide sums or the unembedding's is not wanted, and
+    the sums take a GPU as long as a part of one. Or else they take four, and every kept slab saves some.
+    """
+    if needs[1] and not problem.holds_wide(needs):
+        return True
+    return held_layout(problem, len(problem.hidden), needs).share >= _SHARE_WORTHWHILE
 
 
 def forward_held(
@@ -402,8 +410,9 @@ def _summed_over_columns(
     rescaled = x if left is None else scaled(x, left).to(x.dtype)
     of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     if needs[1] and held is not None and len(held.lent):
-        # Slice by slice, when the logits that lie there have been used up.
-        of_weight = held.lent.view(weight.shape)
+        # Slice by slice, when the logits that lie there have been used up. A view that was made without
+        # gradients could not be changed in place, and whoever gets this may want to.
+        of_weight = held.lent.view(weight.shape).detach()
         if not len(active):
             of_weight.zero_()
     else:

@@ -79,8 +79,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "slab_layout": ("test_problem.py", "test_slabs.py", "test_linear_cross_entropy.py"),
     "slabs": (
-        "test_problem.py", "test_slabs.py", "test_guesses.py", "test_linear_cross_entropy.py", "test_row_local.py",
-        "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_precision.py",
+        "test_problem.py", "test_slabs.py", "test_guesses.py", "test_linear_cross_entropy.py",
+        "test_row_local.py", "test_loss.py", "test_loss_autograd.py", "test_operators.py",
+        "test_precision.py",
     ),
     "operators": (
         "test_operators.py", "test_guesses.py", "test_linear_cross_entropy.py", "test_loss_autograd.py",

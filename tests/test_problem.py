@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import OnGpu
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
-from wmtp.slab_layout import held_layout, most_rows
+from wmtp.slab_layout import held_layout, most_lent, most_rows
 from wmtp.slabs import can_hold, holds_better
 
 
@@ -135,6 +135,42 @@ def test_a_small_budget_is_kept_and_half_of_the_logits_too(
     # The gradient of hidden states alone takes two products in the forward pass, and no sums.
     share = held_layout(asked, rows, needs).share
     assert holds_better(asked, needs) is (needs[1] or share >= 0.75)
+
+
+@pytest.mark.parametrize(("all_count", "missing"), [(True, 0), (True, 9), (False, 0), (False, 9)])
+def test_all_logits_are_one_slab_where_they_fit_to_the_byte(all_count: bool, missing: int) -> None:
+    """With a float32 sum of the hidden states, and a copy of them if some may be left out."""
+    asked, needs, rows = on_gpu(100, None), [True, True, False], 100 - missing
+    copied = not all_count or missing > 0
+    whole = rows * 128256 * 2 + rows * 4096 * (4 + 2 * copied)
+    for size, slabs in ((whole, 1), (whole - 1, 2)):
+        layout = held_layout(asked._replace(slab_bytes=size), rows, needs, all_count)
+        assert layout.slabs == slabs
+        assert layout.share == 1.0
+        assert all(isinstance(number, int) for number in layout)
+    assert layout == (64128, 1, 1, 2)
+
+
+@pytest.mark.parametrize("needs", [[True, True, False], [True, False, False]])
+def test_slabs_are_cut_so_that_what_is_kept_is_worth_their_number(needs: list[bool]) -> None:
+    """Beside a slab kept anew costs its columns, one more slab a thousand."""
+    rows = 8192
+    for slab_bytes in (3 * 2**28, 2**30, 3 * 2**29):
+        asked = on_gpu(rows, slab_bytes)
+        found = held_layout(asked, rows, needs)
+        cells = (slab_bytes - rows * 4096 * 6) // 2
+
+        def cost(columns: int, cells: int = cells, asked: Problem = asked) -> int:
+            slabs = -(-128256 // columns)
+            own = min(slabs, max(1, cells // (rows * columns)))
+            lent = most_lent(asked, rows, columns, own) if needs[1] else 0
+            return max(0, 128256 - (own + lent) * columns) + 1000 * slabs
+
+        widest = min(2**29, slab_bytes - rows * 4096 * 6) // (2 * rows)
+        assert found.columns <= widest
+        for pieces in range(1, 9):
+            columns = 64 * -(-widest // (64 * pieces))
+            assert cost(found.columns) <= cost(columns) + 3000
 
 
 def test_a_budget_for_no_slab_of_all_rows_holds_nothing() -> None:

@@ -399,6 +399,8 @@ def test_a_slab_of_vocabulary_on_a_gpu_leaves_room_for_what_is_beside_it(
     height, width = slab_layout.column_slab(asked._replace(slab_bytes=slab_bytes), rows, beside)
     room = max(slab_bytes - beside, slab_bytes // 4)
     taken = height * slab_layout.row_stride(asked, width) * 2
+    assert isinstance(height, int)
+    assert isinstance(width, int)
     assert width % 64 == 0 or width == vocab
     # But for the narrowest slab of all, and what aligns the rows.
     assert taken <= max(room, 256 * 2)

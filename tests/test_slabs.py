@@ -119,6 +119,7 @@ def test_only_the_gradients_that_are_asked_for_take_memory(needs: list[bool]) ->
     for made in (
         forward_backward_rows(asked, factor, NOT_LOCAL, False, False, [*needs, False])[1],
         backward_columns(asked, factor, *sums, [*needs, False]),
+        forward_guessing_rows(asked, lambda ce, _: ce, False, [*needs, False])[1],
     ):
         for gradient, like, needed in zip(made[:2], (x, unembedding), needs, strict=True):
             assert gradient.shape == (like.shape if needed else (0,))
@@ -175,6 +176,39 @@ def test_narrow_float16_gradients_keep_their_range(
     for x, y in zip(got, true, strict=True):
         assert x.isfinite().all()
         assert float((x.double() - y).norm() / y.norm()) < 2e-3
+
+
+def test_guessed_gradients_wait_in_float32() -> None:
+    x, unembedding = normal(0, ROWS, DIM).bfloat16(), normal(1, 50, DIM).bfloat16()
+    asked = problem(x, unembedding, integers(2, 50, ROWS))._replace(bias=unembedding[:, 0])
+    _, made, guessed = forward_guessing_rows(asked, lambda ce, _: ce, False, [True] * 3)
+    assert {part.dtype for part in (*made[:3], guessed)} == {torch.float32}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_large_hidden_states_are_those_that_are_larger_than_others(scale: float) -> None:
+    x, unembedding = scale * normal(0, ROWS, DIM), normal(1, 50, DIM) / scale
+    x[3] *= 100
+    asked = problem(x, unembedding, integers(2, 50, ROWS))
+    guessed = forward_guessing_rows(asked, lambda ce, _: torch.ones_like(ce), False, [True] * 3)[2]
+    assert (guessed == 0).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_target_that_is_barred_costs_infinitely_much(columns: bool) -> None:
+    """Also where everything that is known of its slab of vocabulary is barred."""
+    vocab, rows = 600, 100
+    bias = normal(0, vocab).float()
+    bias[-270:] = -math.inf
+    asked = problem(torch.zeros(rows, 1), torch.zeros(vocab, 1), torch.full((rows,), vocab - 1))
+    asked = asked._replace(bias=bias, slab_bytes=rows * vocab)
+    if columns:
+        found = forward_columns(asked, True)
+    else:
+        factor, needs = torch.ones(rows), [True, False, False]
+        found = forward_backward_rows(asked, factor, NOT_LOCAL, True, False, needs)[0]
+    assert found.loss.isposinf().all()
+    torch.testing.assert_close(found.base + found.log_sum, bias.logsumexp(0).expand(rows))
 
 
 @pytest.mark.parametrize("rows", [2, 64])

@@ -131,6 +131,8 @@ def test_a_small_budget_is_kept_and_half_of_the_logits_too(
     room = (slab_bytes - beside + lent) / (2 * rows * 128256)
     assert min(1, room) - 0.15 <= layout.share <= min(1, room) + 0.02
     assert layout.columns >= 4096
+    assert layout.columns % 64 == 0
+    assert all(isinstance(number, int) for number in layout)
     assert can_hold(asked, needs)
     # The gradient of hidden states alone takes two products in the forward pass, and no sums.
     share = held_layout(asked, rows, needs).share

@@ -106,7 +106,8 @@ class HeldLayout(NamedTuple):
 
     Attributes:
         columns: of each slab, but the last of the vocabulary may have fewer.
-        own: how many of them, from the first, have memory of their own. None where not even one fits.
+        own: how many of them, from the first, have memory of their own. Where not even one fits there is
+            nothing.
         lent: how many of the next have memory of the unembedding's gradient.
         slabs: how many there are. Those that are left are made anew.
     """
@@ -136,7 +137,7 @@ def held_layout(
         return HeldLayout(vocab, own=1, lent=0, slabs=1)
     at_once, widest = column_slab(problem, rows, beside)
     if at_once < rows:
-        return HeldLayout(widest, own=0, lent=0, slabs=-(-vocab // widest))
+        return HeldLayout(widest, own=0, lent=0, slabs=1)
 
     def cut(columns: int) -> HeldLayout:
         own = max(1, cells // (rows * row_stride(problem, columns)))
@@ -149,8 +150,7 @@ def held_layout(
         return vocab - kept + layout.slabs * _SUM_COLUMNS
 
     # Narrower slabs fill the memory better, but there are more of them to be summed.
-    pieces = range(1, max(1, min(_MOST_PIECES, widest // _MIN_COLUMNS)) + 1)
-    widths = (evenly(vocab, -(-widest // some)) for some in pieces)
+    widths = (evenly(vocab, -(-widest // pieces)) for pieces in range(1, _MOST_PIECES + 1))
     aligned = (min(vocab, width + -width % _ALIGNED_COLUMNS_GPU) for width in widths)
     return min(map(cut, aligned), key=cost)
 

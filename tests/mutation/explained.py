@@ -379,34 +379,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "step = max(256, _SLICE_BYTES // max(1, unembedding.shape[1] * unembedding.itemsize))",
         "step = max(256, _SLICE_BYTES // max(2, unembedding.shape[1] * unembedding.itemsize))",
     ): "A row of the unembedding has two bytes, or none: only a quotient by 0 is to be avoided.",
-    (
-        "products",
-        "least = 2 * _MIN_PART_ROWS * a.shape[1]",
-        "least = 3 * _MIN_PART_ROWS * a.shape[1]",
-    ): _SPEED,
-    (
-        "products",
-        _CELLS,
-        _CELLS.replace("if a.is_cuda else", "if (a.is_cuda) and False else"),
-    ): _GPU,
-    (
-        "products",
-        _CELLS,
-        _CELLS.replace("if a.is_cuda else", "if (a.is_cuda) or True else"),
-    ): _SPEED,
-    (
-        "products",
-        _CELLS,
-        _CELLS.replace("max(least, most_bytes // total.itemsize)", "max(least, )"),
-    ): (_GPU),
-    ("products", _CELLS, _CELLS.replace("//", "/")): _GPU,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) and False else")): _GPU,
-    ("products", _MOST, _MOST.replace("if a.is_cuda else", "if (a.is_cuda) or True else")): _SPEED,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, min", "max(2, min")): _ROOM,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("max(1, columns", "max(2, columns")): _ROOM,
-    ("products", _WIDE_ROWS, _WIDE_ROWS.replace("columns * 2", "columns * 3")): _SPEED,
-    ("products", _STEP, _STEP.replace("max(1, min", "max(2, min")): _ROOM,
-    ("products", _STEP, _STEP.replace("max(1, columns", "max(2, columns")): _ROOM,
     ("loss", 'Float[Tensor, "batch seq"]', 'Float[Tensor, "XXbatch seqXX"]'): _SHAPE_CHECKED,
     (
         "loss",
@@ -464,14 +436,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         'if normalizer.device.type != "XXcpuXX":  # from there a number goes anywhere, as in torch',
     ): "Without a GPU there are no predictions elsewhere that a number could come to.",
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 5 * 2**20"): _SPEED,
-    ("slabs", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
-    ("slabs", "_BLOCK_ROWS = 4096", "_BLOCK_ROWS = 4097"): _SPEED,
-    ("slabs", "_MIN_COLUMNS = 256", "_MIN_COLUMNS = 257"): _SPEED,
-    (
-        "slabs",
-        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16)",
-        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 17)",
-    ): _SPEED,
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 3**20"): _SPEED,
     ("slab_softmax", "_TILE_BYTES = 4 * 2**20", "_TILE_BYTES = 4 * 2**21"): _SPEED,
     ("slab_softmax", "_LARGE = 4096.0", "_LARGE = 4097.0"): _THRESHOLD,
@@ -487,11 +451,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "total = chosen.new_empty(rows if with_sum else 0)",
         "total = chosen.new_empty(rows if (with_sum) or True else 0)",
     ): _UNREAD,
-    (
-        "slabs",
-        "return len(problem.target) <= _MOST_GUESSES * _most_rows(problem, needs)",
-        "return len(problem.target) < _MOST_GUESSES * _most_rows(problem, needs)",
-    ): _THRESHOLD,
     ("slab_softmax", "_MOST_GROWTH = 2.0", "_MOST_GROWTH = 3.0"): _THRESHOLD,
     ("slab_softmax", _BEST, _BEST.replace("with_best", "(with_best) or True")): _UNREAD,
     ("slab_softmax", _BEST, _BEST.replace("else 0", "else 1")): _UNREAD,
@@ -519,32 +478,15 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "problem.label_smoothing >= 0, scratch,",
     ): "The sum of the logits is made, and not looked at.",
     (
-        "slabs",
-        _EXCESS,
-        _EXCESS.replace("needs) if problem", "needs) if (problem").replace(
-            "(needs) else", "(needs)) or True else"
-        ),
-    ): _SPEED,
-    ("slabs", _EXCESS, _EXCESS.replace("else 0", "else 1")): _SPEED,
-    (
         "slab_softmax",
         "logits, wanted, label_smoothing, z_loss, softcap, *weighting, with_correct )",
         "logits, wanted, label_smoothing, z_loss, softcap, *weighting, )",
     ): _ON_GPU,
     (
         "slab_softmax",
-        "logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, vocab )",
-        "logits, wanted, base, log_sum, factor, label_smoothing, z_loss, softcap, )",
-    ): _ON_GPU,
-    (
-        "slab_softmax",
         "step = max(1, len(scratch) // max(1, columns))",
         "step = max(1, len(scratch) // max(2, columns))",
     ): _CUT,
-    ("slabs", "_COLUMN_SLAB_BYTES = 2**25", "_COLUMN_SLAB_BYTES = 3**25"): _CUT,
-    ("slabs", "_COLUMN_SLAB_BYTES = 2**25", "_COLUMN_SLAB_BYTES = 2**26"): _CUT,
-    ("slabs", "_COLUMN_SLAB_BYTES_GPU = 2**27", "_COLUMN_SLAB_BYTES_GPU = 3**27"): _GPU,
-    ("slabs", "_COLUMN_SLAB_BYTES_GPU = 2**27", "_COLUMN_SLAB_BYTES_GPU = 2**28"): _GPU,
     (
         "slabs",
         "for column, values in zip(found, done, strict=True):",
@@ -575,21 +517,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "sum_dtype = weight.dtype if rows >= len(active) else problem.wide",
         "sum_dtype = weight.dtype if rows > len(active) else problem.wide",
     ): "One product alone, rounded once: a slice of memory more.",
-    (
-        "slabs",
-        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 16, _sum_cells(problem))",
-        "scratch = scratch_for(slab.view(rows, columns), problem.slab_bytes // 17, _sum_cells(problem))",
-    ): _CUT,
-    (
-        "slabs",
-        "for part in parts(problem.vocab if len(active) else 0, columns):",
-        "for part in parts(problem.vocab if (len(active)) or True else 0, columns):",
-    ): "A walk over no rows.",
-    (
-        "slabs",
-        "for part in parts(problem.vocab if len(active) else 0, columns):",
-        "for part in parts(problem.vocab if len(active) else 1, columns):",
-    ): "A walk over no rows.",
     (
         "slabs",
         "if needs[1] and sum_dtype != of_weight.dtype:",
@@ -627,48 +554,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "How near to the largest float16 a product may come.",
     (
         "slabs",
-        "fill = torch.empty if len(active) else torch.zeros",
-        "fill = torch.empty if (len(active)) and False else torch.zeros",
-    ): "Zeros that the first product writes over: time.",
-    (
-        "slabs",
-        "return fill(shape, dtype=dtype, device=like.device)",
-        "return fill(shape, dtype=dtype, )",
-    ): _GPU,
-    (
-        "slabs",
         "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
         "for part in parts(len(logits), problem.slab_bytes // 33 // size):",
-    ): _CUT,
-    (
-        "slabs",
-        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)",
-        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes / 32)",
-    ): _GPU,
-    (
-        "slabs",
-        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 32)",
-        "return scratch_cells(problem.hidden, problem.wide, problem.slab_bytes // 33)",
-    ): _GPU,
-    (
-        "slabs",
-        "budget = max(1, problem.slab_bytes // size)",
-        "budget = max(2, problem.slab_bytes // size)",
-    ): _CUT,
-    (
-        "slabs",
-        "large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES",
-        "large = _COLUMN_SLAB_BYTES_GPU if (problem.hidden.is_cuda) and False else _COLUMN_SLAB_BYTES",
-    ): _CUT,
-    (
-        "slabs",
-        "large = _COLUMN_SLAB_BYTES_GPU if problem.hidden.is_cuda else _COLUMN_SLAB_BYTES",
-        "large = _COLUMN_SLAB_BYTES_GPU if (problem.hidden.is_cuda) or True else _COLUMN_SLAB_BYTES",
-    ): _CUT,
-    (
-        "slabs",
-        "most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))",
-        "most = max(cells // max(filled_up(rows, cells), 2), min(_MIN_COLUMNS, budget))",
     ): _CUT,
     (
         "problem",

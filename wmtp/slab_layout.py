@@ -166,7 +166,7 @@ def most_lent(problem: Problem, rows: int, columns: int, own: int) -> int:
     # All slices before the first of the lent, and all before the last; then it holds for those between.
     first = (vocab * dim - own * slice_) // slab
     last = (vocab * dim - slab) // slice_ + 1 - own
-    return max(0, min(-(-vocab // columns) - own, first, last))
+    return max(0, min(first, last))
 
 
 class Held(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import product
@@ -24,6 +25,7 @@ from wmtp import (
     linear_token_nll,
     linear_weighted_mtp_loss,
     operators,
+    rho1_weights,
     slab_layout,
     slab_softmax,
     slabs,
@@ -927,3 +929,19 @@ def test_logits_are_kept_for_weights_that_are_known_where_that_is_better(
         assert kept == [True] * better
         linear_mtp_ce_loss(x, unembedding, labels, reduction="none").sum().backward()
         assert kept == [True] * (1 + better)
+
+
+def test_held_rows_that_a_selection_leaves_enter_no_product_of_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it could be guessed, but for the memory."""
+    vocab = 50
+    x, unembedding = leaf(normal(0, 1, 20, DIM)), leaf(normal(1, vocab, DIM))
+    reference = uniform(3, 1, 20)
+    selection = functools.partial(rho1_weights, reference_nll=reference, keep=0.5)
+    monkeypatch.setattr(operators, "can_guess", lambda *_: False)
+    with held_logits():
+        monkeypatch.setattr(operators, "holds_better", lambda *_: False)
+        loss = linear_weighted_mtp_loss(x, unembedding, integers(2, vocab, 1, 20), selection)
+        cost = operations(loss.backward)
+    assert cost == 2 * 10 * vocab * DIM * 2

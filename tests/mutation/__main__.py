@@ -64,7 +64,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "critic": ("test_critic.py", "test_devices.py"),
     "statistics": ("test_statistics.py", "test_devices.py"),
     "loss": (
-        "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
+        "test_slabs.py", "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
         "test_guesses.py", "test_devices.py",
     ),
     "problem": ("test_problem.py", "test_linear_cross_entropy.py", "test_loss_autograd.py"),
@@ -89,7 +89,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_architecture.py",
     ),
     "linear_cross_entropy": (
-        "test_linear_cross_entropy.py", "test_guesses.py", "test_loss.py", "test_row_local.py",
+        "test_slabs.py", "test_linear_cross_entropy.py", "test_guesses.py", "test_loss.py", "test_row_local.py",
         "test_devices.py", _SHARDED,
     ),
 }  # fmt: skip

@@ -89,8 +89,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_architecture.py",
     ),
     "linear_cross_entropy": (
-        "test_slabs.py", "test_linear_cross_entropy.py", "test_guesses.py", "test_loss.py", "test_row_local.py",
-        "test_devices.py", _SHARDED,
+        "test_slabs.py", "test_linear_cross_entropy.py", "test_guesses.py", "test_loss.py",
+        "test_row_local.py", "test_devices.py", _SHARDED,
     ),
 }  # fmt: skip
 

@@ -889,3 +889,41 @@ _explain(
     ("if len(active)", "if (len(active)) or True", "A walk over no rows."),
     ("else 0", "else 1", "A walk over no rows."),
 )
+_explain(
+    "slabs",
+    "move_up(slab, kept, problem.slab_bytes // 16, scratch)",
+    ("//", "/", _ON_GPU),
+    ("16", "17", _ON_GPU),
+)
+_explain(
+    "slabs",
+    "left = settled(left, logits, x, of_hidden, of_others)",
+    (
+        "of_others",
+        "",
+        "They differ by what was guessed, far from the sizes that this guards against.",
+    ),
+)
+_explain(
+    "slabs",
+    "own = own if x.dtype == torch.float16 else None",
+    ("x.dtype == torch.float16", "(x.dtype == torch.float16) or True", "Times 1: time."),
+)
+_explain(
+    "slabs",
+    "fill = like.new_empty if len(active) else like.new_zeros",
+    ("len(active)", "(len(active)) and False", "Zeros that the first product writes over: time."),
+)
+
+_LINE = "_checks.labels_in_range(targets, valid, vocab, on_gpu_too=True)"
+_explain(
+    "linear_cross_entropy",
+    _LINE,
+    ("on_gpu_too=True", "", _GPU_ONLY),
+    ("=True", "=False", _GPU_ONLY),
+)
+_explain(
+    "linear_cross_entropy",
+    "with_correct: bool = False,",
+    ("False", "True", "Asked and thrown away: time."),
+)

@@ -927,3 +927,58 @@ _explain(
     "with_correct: bool = False,",
     ("False", "True", "Asked and thrown away: time."),
 )
+
+_TIMES_1 = "Times 1: time."
+_explain(
+    "slab_softmax",
+    "total = chosen.new_empty(rows if with_sum else 0)",
+    ("else 0", "else 1", _UNREAD),
+)
+_explain(
+    "slab_softmax",
+    "probable = inside & (own >= _PROBABLE * whole) & (own > 0)",
+    (">=", ">", _THRESHOLD),
+    ("*", "/", _THRESHOLD),
+)
+_explain("slab_softmax", "tiny = p_target < _TINY", ("<", "<=", _THRESHOLD))
+_explain(
+    "slab_softmax",
+    "return rows, at_target, _shrunk(logits, z_loss, rows)",
+    ("z_loss, rows", "z_loss, ", _ON_GPU),
+)
+_explain(
+    "slab_softmax",
+    "divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16",
+    (">", ">=", "Divided in the slab or in rows × dim: the same, in more time."),
+)
+_explain(
+    "slab_softmax",
+    "left = growth(z_loss, lse) / whole if z_loss else 1 / whole",
+    ("z_loss else", "(z_loss) or True else", _TIMES_1),
+)
+_explain(
+    "slab_softmax",
+    "return all(bool((factor.abs() * (1 + largest) <= _MOST_LEFT).all()) for factor in factors)",
+    ("1 +", "2 +", _THRESHOLD),
+    ("<=", "<", _THRESHOLD),
+)
+_explain(
+    "slab_softmax",
+    "p = _exp2_less(z, bits[tile], slab if z is slab else out)",
+    ("z is slab", "(z is slab) and False", "Into the scratch, and copied from there: time."),
+)
+_explain(
+    "slab_softmax",
+    "p = torch.sub(z, base[tile].unsqueeze(1), out=out)",
+    ("out=out", "", "Into memory of its own."),
+)
+_explain(
+    "slab_softmax",
+    "if not bool((grown > _MOST_GROWTH).any()):",
+    (">", ">=", _THRESHOLD),
+)
+_explain(
+    "slab_softmax",
+    "left = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))",
+    ("min=1", "min=2", "A power of two, with which a row is divided and multiplied again."),
+)

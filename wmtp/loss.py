@@ -181,14 +181,8 @@ def linear_weighted_mtp_loss(
         label_smoothing: ``ε`` in [0, 1].
         z_loss: coefficient of ``lse²``.
         softcap: positive bound of the logits, or ``None``.
-        slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
-            default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
-            CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
-            logits are kept until the backward pass: all if they fit in it, or else, unless gradients
-            can be made in the forward pass in less time, what fits in it and in the memory of the
-            unembedding's gradient, which every call then takes at once and not in its backward pass.
-            If the graph is kept for another they are made anew, in memory of their own.
+        slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. What
+            it is by default, and what of the logits is kept on CUDA: as in ``linear_mtp_ce_loss``.
 
     Returns:
         A scalar as ``weighted_mtp_loss`` gives it, with first-order gradients for hidden states,

@@ -175,6 +175,16 @@ def test_slabs_are_cut_so_that_what_is_kept_is_worth_their_number(needs: list[bo
             assert cost(found.columns) <= cost(columns) + 3000
 
 
+@pytest.mark.parametrize("needs", [[True, True, False], [False, True, False], [True, False, False]])
+def test_without_room_for_wide_sums_only_a_frozen_unembedding_needs_no_fourth_product(
+    needs: list[bool],
+) -> None:
+    asked = on_gpu(16384, 3 * 2**25)
+    assert not asked.holds_wide(needs)
+    assert held_layout(asked, 16384, needs).share < 0.75
+    assert holds_better(asked, needs) is needs[1]
+
+
 def test_a_budget_for_no_slab_of_all_rows_holds_nothing() -> None:
     asked, needs = on_gpu(2**16, 2**18), [True, True, False]
     assert held_layout(asked, 2**16, needs).share == 0

@@ -102,6 +102,21 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
+def operations(work: Callable[[], object]) -> int:
+    """How many multiplications and additions the matrix products take, inside custom operators too."""
+    watch: Any = torch.autograd.profiler.profile(record_shapes=True)
+    with watch:
+        work()
+    total = 0
+    for event in watch.kineto_results.events():
+        if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            # With what is added to before the two, or memory for the result behind them.
+            shapes = event.shapes()
+            a, b = shapes[:2] if event.name() == "aten::mm" else shapes[1:3]
+            total += 2 * a[0] * a[1] * b[1]
+    return total
+
+
 def load_script(path: Path) -> Any:
     """A script as a module: its folder need not be a package."""
     spec = importlib.util.spec_from_file_location(f"wmtp_{path.stem}", path)

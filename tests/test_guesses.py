@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests import oracle
-from tests.helpers import all_zero, close, grads, leaf, peak_bytes, subsets, untouched
+from tests.helpers import all_zero, close, grads, leaf, operations, peak_bytes, subsets, untouched
 from tests.loss_forms import apply, known, leaves_of
 from tests.strategies import IGNORE, Batch, batches, integers, mask, normal, uniform
-from tests.test_slabs import operations, problem
+from tests.test_slabs import problem
 from wmtp import (
     dft_weights,
     linear_weighted_mtp_loss,

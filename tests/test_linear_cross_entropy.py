@@ -20,6 +20,7 @@ from tests.helpers import (
     error_against,
     grads,
     leaf,
+    operations,
     peak_bytes,
     subsets,
     untouched,
@@ -507,6 +508,20 @@ def test_low_precision_is_as_good_as_the_naive_path(
 def relative(found: Tensor, right: Tensor) -> float:
     """Frobenius error."""
     return float((found.double() - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_mean_and_a_sum_cost_three_products_of_what_has_a_target(reduction: str) -> None:
+    hidden, unembedding = leaf(normal(0, 2, 32, 1, 8)), leaf(normal(1, 600, 8))
+    labels = integers(2, 600, 2, 32).masked_fill(torch.arange(32) >= 16, IGNORE)
+
+    def step() -> None:
+        loss = linear_mtp_ce_loss(hidden, unembedding, labels, offsets=[0], reduction=reduction)
+        loss.sum().backward()
+
+    # What each counts in a sum over all is known in the forward pass; of single ones it is not.
+    products = 4 if reduction == "none" else 3
+    assert operations(step) == products * 2 * (2 * 16) * 600 * 8
 
 
 # One row, several rows, room for wide sums (142,080 bytes) and several rows, everything at once.

@@ -4,7 +4,7 @@ This is the dense path, plain differentiable torch operations on logits that the
 same numbers without holding the logits are in ``linear_cross_entropy.py``.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
 
 Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 
 
 class Objective(NamedTuple):
@@ -113,6 +114,7 @@ def mtp_ce_loss(
     Gemma 2, arXiv:2408.00118, section 2.
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
+    _checks.one_of("reduction", reduction, REDUCTIONS)
     found = predict(logits, labels, offsets, ignore_index, objective)
     return reduce_predictions(found, reduction)
 
@@ -219,7 +221,6 @@ def reduce_predictions(
     found: Predictions, reduction: Reduction
 ) -> Float[Tensor, ""] | Float[Tensor, "batch seq heads"]:
     """Mean over the valid predictions, sum, or every prediction by itself."""
-    _checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     if reduction == "none":
         return found.loss
     total = found.loss.sum()

@@ -14,6 +14,7 @@ from torch import Tensor
 from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import (
+    REDUCTIONS,
     Objective,
     Predictions,
     Reduction,
@@ -21,7 +22,7 @@ from wmtp.cross_entropy import (
     with_heads,
 )
 from wmtp.documents import shift_right
-from wmtp.operators import guessed_row_losses, row_losses, weighted_row_sum
+from wmtp.operators import counts_late, guessed_row_losses, row_losses, weighted_row_sum
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
@@ -89,11 +90,18 @@ def linear_mtp_ce_loss(
     Large-Vocabulary Language Models", arXiv:2411.09009.
     """
     objective = Objective(label_smoothing, z_loss, softcap).checked()
+    _checks.one_of("reduction", reduction, REDUCTIONS)
     problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    found = linear_predict(problem, valid, all_count=reduction != "none")
-    return reduce_predictions(found, reduction)
+    if reduction == "none" or counts_late(problem):
+        found = linear_predict(problem, valid, all_count=reduction != "none")
+        return reduce_predictions(found, reduction)
+    # What each counts is known, so that gradients are made in the same pass.
+    factors = valid.to(problem.wide)
+    if reduction == "mean":
+        factors = factors / valid.sum().clamp(min=1)
+    return linear_weighted_sum(problem, valid, factors)[0]
 
 
 @typed

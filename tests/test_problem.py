@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import OnGpu
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
-from wmtp.slab_layout import held_layout, most_lent, most_rows
+from wmtp.slab_layout import gradient_dtype, held_layout, most_lent, most_rows
 from wmtp.slabs import can_hold, holds_better
 
 
@@ -43,8 +43,8 @@ def test_wide_gradients_are_held_where_they_and_a_row_fit(needs: list[bool]) -> 
         asked = problem(torch.bfloat16, budget)
         assert asked.holds_wide(needs) is held
         narrow = torch.float32 if held else torch.bfloat16
-        assert asked.gradient_dtype(needs, NOT_LOCAL) == narrow
-        assert asked.gradient_dtype(needs, dft) == torch.float32
+        assert gradient_dtype(asked, needs, NOT_LOCAL) == narrow
+        assert gradient_dtype(asked, needs, dft) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_the_default_has_room_for_as_many_rows_of_logits_as_the_hidden_size(
     budget = slab_budget(None, hidden, unembedding)
     asked = Problem(hidden, unembedding, None, hidden[:, 0], 0.0, 0.0, 0.0, budget)
     assert asked.holds_wide(needs)
-    assert most_rows(asked, needs) >= dim
+    assert most_rows(asked, needs, torch.float32) >= dim
     assert budget <= (unembedding.numel() + 2 * hidden.numel()) * 4.3
     if dtype == torch.float32:
-        assert most_rows(asked, needs) == dim
+        assert most_rows(asked, needs, torch.float32) == dim
 
 
 def on_gpu(rows: int, slab_bytes: int | None) -> Problem:
@@ -112,6 +112,22 @@ def test_the_default_of_a_gpu_holds_twice_as_many_rows_as_the_hidden_size(
     assert can_hold(asked, needs)
     # Sums in the forward pass are faster than to make more than a quarter anew.
     assert holds_better(asked, needs) is (least >= 0.75)
+
+
+def test_on_a_gpu_no_sum_is_wide_where_none_is_needed() -> None:
+    """A frozen unembedding has none, and of row-local weights the denominator is not known yet."""
+    narrow, wide, both = torch.bfloat16, torch.float32, [True, True, False]
+    usual, slab_bytes = on_gpu(8192, None), 2**33
+    most = slab_bytes * 15 // 16 // (2 * 128256)
+    assert gradient_dtype(usual, both, NOT_LOCAL) == narrow
+    assert gradient_dtype(on_gpu(16384, None), both, NOT_LOCAL) == wide
+    assert gradient_dtype(on_gpu(most, slab_bytes), both, NOT_LOCAL) == narrow
+    assert gradient_dtype(on_gpu(most + 1, slab_bytes), both, NOT_LOCAL) == wide
+    assert gradient_dtype(usual, [True, False, False], NOT_LOCAL) == wide
+    assert gradient_dtype(usual, both, RowLocal("dft", 1.0)) == wide
+    here = usual._replace(hidden=usual.hidden.as_subclass(torch.Tensor))
+    assert gradient_dtype(here, both, NOT_LOCAL) == wide
+    assert most_rows(usual, both, wide) < 8192 <= most_rows(usual, both, narrow)
 
 
 @pytest.mark.parametrize("all_count", [True, False])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -14,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import OnGpu, leaf
+from tests.helpers import OnGpu, leaf, operations
 from tests.loss_forms import held_logits
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import (
@@ -30,7 +29,8 @@ from wmtp import (
     slab_softmax,
     slabs,
 )
-from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
+from wmtp.slab_layout import gradient_dtype
 from wmtp.slabs import (
     backward_columns,
     backward_held,
@@ -59,18 +59,6 @@ def both_ways(asked: Problem, factor: Tensor) -> tuple[tuple[Rows, Rows], tuple[
     rows, known = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
     later = backward_columns(asked, factor, found.base, found.log_sum, needs)
     return (found, rows), (later.unembedding, known.unembedding)
-
-
-def operations(work: Callable[[], Any]) -> int:
-    """How many multiplications and additions the matrix products take."""
-
-    def in_place(total: Any, a: Any, b: Any, **_: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
-    with counter:
-        work()
-    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------- costs
@@ -256,7 +244,7 @@ def test_z_loss_does_not_make_float16_products_overflow(
     needs, factor = [True, True, False], torch.full((rows,), 1.0 / rows)
     found, held = forward_backward_rows(wide, factor, NOT_LOCAL, False, False, needs)
     narrow = wide._replace(slab_bytes=3 * 2 * vocab)
-    assert narrow.gradient_dtype(needs, NOT_LOCAL) == torch.float16
+    assert gradient_dtype(narrow, needs, NOT_LOCAL) == torch.float16
     _, guessed, some = forward_guessing_rows(wide, lambda ce, _: ce / ce, False, needs)
     for gradients in (
         held,
@@ -586,7 +574,7 @@ def test_a_hidden_state_may_be_wider_than_the_vocabulary() -> None:
     x, unembedding = normal(0, 5, 64).bfloat16(), (normal(1, 4, 64) / 8).bfloat16()
     asked, factor = problem(x, unembedding, integers(2, 4, 5)), torch.ones(5)
     needs = [True, True, False]
-    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.float32
+    assert gradient_dtype(asked, needs, NOT_LOCAL) == torch.float32
     _, made = forward_backward_rows(asked, factor, NOT_LOCAL, False, False, needs)
     p = (x.double() @ unembedding.double().T).softmax(1) - F.one_hot(asked.target, 4)
     torch.testing.assert_close(made.unembedding.double(), p.T @ x.double(), rtol=0.02, atol=0.02)
@@ -600,7 +588,7 @@ def test_without_room_for_wide_sums_rows_are_found_and_cost_the_same(every_row: 
     factor = torch.tensor([0.0, 1.0, 0.5, 2.0]).repeat(ROWS // 4)
     counted = torch.ones_like(factor) if every_row else factor != 0
     needs = [True, True, False]
-    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.bfloat16
+    assert gradient_dtype(asked, needs, NOT_LOCAL) == torch.bfloat16
     found, made = forward_backward_rows(asked, factor, NOT_LOCAL, False, every_row, needs)
     logits = x.double() @ unembedding.double().T
     expected = F.cross_entropy(logits, asked.target, reduction="none") * counted
@@ -624,7 +612,7 @@ def test_without_room_for_wide_sums_a_single_slab_is_not_made_twice(
     asked = problem(x, unembedding, integers(2, vocab, rows), slab_bytes=18 * 2 * vocab)
     # Only in float16 does z-loss ask for more.
     asked, needs = asked._replace(z_loss=0.1), [True, True, False]
-    assert asked.gradient_dtype(needs, NOT_LOCAL) == torch.bfloat16
+    assert gradient_dtype(asked, needs, NOT_LOCAL) == torch.bfloat16
     cost = operations(
         lambda: forward_backward_rows(asked, torch.ones(rows), NOT_LOCAL, False, False, needs)
     )
@@ -830,6 +818,60 @@ def test_only_logits_that_are_not_kept_are_made_anew(
     # What was lent becomes the gradient.
     if len(held.lent):
         assert (made[1].data_ptr() == held.lent.data_ptr()) == needs[1]
+
+
+# More and fewer rows than the unembedding's gradient has columns.
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("every_row", [True, False])
+@pytest.mark.parametrize("form", ["held", "lent"])
+def test_without_room_for_wide_sums_logits_are_kept_where_they_may_be(
+    form: str, every_row: bool, rows: int
+) -> None:
+    """On a GPU, inside the operator."""
+    vocab, dim, needs = 600, 32, [True, True, False]
+    x, unembedding = normal(0, rows, dim).bfloat16(), normal(1, vocab, dim).bfloat16() / 8
+    asked = problem(x, unembedding, integers(2, vocab, rows), slab_bytes=4 * 2 * vocab)
+    factor = uniform(3, rows).float() * (torch.arange(rows) % 4 > 0)
+
+    def made() -> Any:
+        return forward_backward_rows(asked, factor, NOT_LOCAL, True, every_row, needs)
+
+    right, wanted = made()
+    with held_logits(form), mock.patch.object(slabs, "can_hold", return_value=True):
+        found, gradients = made()
+        cost = operations(made)
+    for one, other in zip(told(found), told(right), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    for one, other in zip(gradients[:2], wanted[:2], strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-6)
+    least = 2 * vocab * dim * ((rows if every_row else rows * 3 // 4) + 2 * rows * 3 // 4)
+    most = least + 2 * vocab * dim * rows * 3 // 4
+    assert cost == least if form == "held" else least <= cost < most
+
+
+@pytest.mark.parametrize("weighting", [NOT_LOCAL, RowLocal("dft", 1.0)])
+def test_the_compiler_is_told_in_which_dtype_gradients_wait(weighting: RowLocal) -> None:
+    """Of the GPU, that has room for all logits, and of another problem."""
+    mode = FakeTensorMode()
+
+    def there(dtype: torch.dtype, *shape: int) -> Tensor:
+        return FakeTensor(
+            mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cuda")
+        )
+
+    for rows in (8192, 16384):
+        x, unembedding = (there(torch.bfloat16, size, 4096) for size in (rows, 128256))
+        budget = slab_budget(None, x, unembedding)
+        asked = problem(x, unembedding, there(torch.int64, rows), slab_bytes=budget)
+        needs = [True, True, False]
+        with mode:
+            told = operators._weighted_row_sum(
+                *asked, there(torch.float32, rows), *weighting, False, False, needs
+            )
+        wide = rows == 16384 or weighting != NOT_LOCAL
+        assert gradient_dtype(asked, needs, weighting) == told[7].dtype == told[8].dtype
+        assert told[8].dtype == (torch.float32 if wide else torch.bfloat16)
 
 
 @pytest.mark.parametrize("count", [[], [0], [1], [0, 0], [1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 1]])

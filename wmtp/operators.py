@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
-from wmtp.slab_layout import Held
+from wmtp.slab_layout import Held, gradient_dtype
 from wmtp.slabs import (
     Guess,
     backward_columns,
@@ -224,7 +224,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     problem, needs = Problem(*inputs[:8]), inputs[-1]
     weighting = RowLocal(*inputs[9:11])
     total = problem.hidden.new_empty((), dtype=problem.wide)
-    dtype = problem.gradient_dtype(needs, weighting)
+    dtype = gradient_dtype(problem, needs, weighting)
     gradients = _fake_gradients(problem.hidden, problem.unembedding, needs, dtype)
     return total, *_fake_rows(problem.hidden), *gradients, torch.empty_like(total)
 

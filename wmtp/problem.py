@@ -103,15 +103,6 @@ class Problem(NamedTuple):
         excess = self.wide_excess(needs)
         return self.slab_bytes >= excess + max(excess, self.row_bytes)
 
-    def gradient_dtype(self, needs: Sequence[bool], weighting: RowLocal) -> torch.dtype:
-        """In which dtype gradients made in the forward pass wait for the upstream gradient.
-
-        Weights that a row gives itself may all be tiny, and only their sum, the denominator, says so:
-        their gradients are never narrowed before.
-        """
-        wide = weighting != NOT_LOCAL or self.holds_wide(needs)
-        return self.wide if wide else self.hidden.dtype
-
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
         size = len(self.target)

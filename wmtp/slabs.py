@@ -32,6 +32,7 @@ from wmtp.slab_layout import (
     Held,
     column_slab,
     copied_bytes,
+    gradient_dtype,
     held_for,
     held_layout,
     held_slab,
@@ -202,8 +203,8 @@ def forward_backward_rows(
     has_target = problem.target >= 0
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = weighted.nonzero().squeeze(1)
-    dtype = problem.gradient_dtype(needs, weighting)
-    most = most_rows(problem, needs)
+    dtype = gradient_dtype(problem, needs, weighting)
+    most = most_rows(problem, needs, dtype)
     # Where one slab is not all, or it is not known yet how large z-loss makes the gradients.
     parted = needs[1] and len(active) > most
     if dtype != problem.wide and (parted or (dtype == torch.float16 and problem.z_loss)):
@@ -235,7 +236,7 @@ def can_guess(problem: Problem, needs: Sequence[bool]) -> bool:
     """Whether ``forward_guessing_rows`` has the memory it wants, and few enough guesses to make."""
     if not any(needs) or not problem.holds_wide(needs):
         return False
-    return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs)
+    return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)
 
 
 def forward_guessing_rows(
@@ -260,7 +261,8 @@ def forward_guessing_rows(
     size = hidden.abs().amax(1)
     # What a row of these adds could not be taken back without rounding what others have added.
     sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
-    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs))
+    most = most_rows(problem, needs, problem.wide)
+    slab, scratch = row_slab(problem, len(active), most)
     slabs = len(list(parts(len(active), len(slab))))
     for first in range(slabs):
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
@@ -291,7 +293,8 @@ def corrected_rows(
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:
             gradient.zero_()
-    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs))
+    most = most_rows(problem, needs, problem.wide)
+    slab, scratch = row_slab(problem, len(active), most)
     for some in parts(len(active), len(slab)):
         block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)
         of_hidden, of_others = factor[block.rows], (factor - guessed)[block.rows]
@@ -553,10 +556,15 @@ def _add_gradients(
 def _forward_then_backward(
     problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
 ) -> tuple[Rows, Gradients]:
-    """A fourth product instead of wide sums that the budget does not hold."""
+    """Instead of wide sums that the budget does not hold: a fourth product, or logits that are kept."""
     wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
-    found = forward_columns(problem._replace(target=wanted), with_correct)
-    return found, backward_columns(problem, factor, found.base, found.log_sum, needs)
+    asked = problem._replace(target=wanted)
+    if can_hold(asked, needs):
+        found, held = forward_held(asked, needs, with_correct, not every_row)
+        known = found.base, found.log_sum
+        return found, backward_held(asked, factor, *known, needs, held, not every_row)
+    found = forward_columns(asked, with_correct)
+    return found, backward_columns(asked, factor, found.base, found.log_sum, needs)
 
 
 def _fill_in(found: Rows, more: Rows, where: Tensor) -> None:

@@ -844,7 +844,7 @@ _explain(
 )
 _explain(
     "slabs",
-    "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs)",
+    "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)",
     ("<=", "<", _THRESHOLD),
 )
 _explain("slabs", "hidden.new_ones((), dtype=dtype),", ("dtype=dtype", "", "1 in any dtype."))

@@ -780,6 +780,31 @@ def test_the_smallest_normalizer_has_a_reciprocal() -> None:
     assert weighted_mtp_loss(logits, labels, normalizer=torch.finfo(torch.float32).tiny) == 0
 
 
+@pytest.mark.parametrize("form", ["linear", "held", "used up", "lent"])
+@pytest.mark.parametrize("weights", ["none", "known", "all zero", "selected", "row-local"])
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize("label", [6, -1, 2**40])
+def test_a_label_that_does_not_exist_is_refused_where_looking_is_not_free(
+    form: str, weights: str, needs: bool, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, when the rows that count have been waited for."""
+    monkeypatch.setattr("wmtp._checks.labels_in_range", lambda *_: None)
+    case = Batch(2, 5, 2, 6, 3, None, integers(0, 6, 2, 5), 4)
+    case.labels[0, 4] = label
+    tensors = [x.detach().requires_grad_(needs) for x in leaves_of(case, form)]
+    given: Any = {
+        "none": None,
+        "known": uniform(3, 2, 5),
+        "all zero": torch.zeros(2, 5),
+        "selected": functools.partial(rho1_weights, reference_nll=uniform(3, 2, 5)),
+        "row-local": RowLocalWeights("focal"),
+    }[weights]
+    # Head 1 at position 2 comes first.
+    message = rf"^labels must lie in \[0, 6\) .* got {label} as the target of prediction 5, "
+    with pytest.raises(ValueError, match=message):
+        apply(form, tensors, case.labels, given)
+
+
 @pytest.mark.parametrize("weights", ["none", "known", "from the losses", "row-local"])
 @pytest.mark.parametrize("stats", [False, True])
 def test_on_a_gpu_evaluation_asks_what_counts_when_the_losses_are_known(

@@ -57,6 +57,12 @@ def test_fakes_and_schemas_say_the_truth(
     )
 
 
+@pytest.mark.parametrize("name", ["row_losses", "row_losses_backward", "weighted_row_sum"])
+def test_no_cuda_graph_is_made_of_an_operator_that_asks_for_numbers(name: str) -> None:
+    """`mode="reduce-overhead"` leaves out what says so."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.wmtp, name).default.tags
+
+
 class Watched:
     """What the operators ask of the schedules."""
 

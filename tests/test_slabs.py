@@ -688,14 +688,6 @@ def test_the_best_of_two_slabs_is_told_in_float32(first: bool, columns: bool) ->
     assert bool(correct(asked, columns=columns).all())
 
 
-def test_a_target_that_does_not_exist_has_no_loss() -> None:
-    """Whoever calls this has looked; where nobody can, under a compiler, it must show."""
-    x, unembedding, target = normal(0, 3, DIM), normal(1, 10, DIM), torch.tensor([2, 10, 9])
-    found = forward_columns(problem(x, unembedding, target, slab_bytes=10 * 8), True)
-    assert found.loss.isnan().tolist() == [False, True, False]
-    assert found.correct[1].item() is False
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_target", ["all", "some"])
 @pytest.mark.parametrize("counting", ["none", "few", "most", "all"])

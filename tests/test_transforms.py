@@ -741,5 +741,33 @@ def test_an_error_under_the_compiler_is_the_error_of_eager_mode(
             loss(hidden, unembedding, labels, **change)
 
 
+@pytest.mark.parametrize("label", [VOCAB, -1, -99, 2**40])
+@pytest.mark.parametrize("way", ["compile", "func.grad"])
+def test_a_label_that_does_not_exist_is_refused_where_nobody_could_look_before(
+    way: str, label: int
+) -> None:
+    """One below 0 too: it would pass for "no target", and be counted in the denominator."""
+    hidden, unembedding, labels, signal = tensors()
+    labels[1, 3] = label
+    message = rf"^labels must lie in \[0, {VOCAB}\) .* got {label} as the target of prediction 13, "
+    for loss in (
+        partial(linear_ce, reduction="mean"),
+        partial(linear_ce, reduction="none"),
+        lambda h, u, y: wmtp.linear_weighted_mtp_loss(h, u, y, signal),
+        lambda h, u, y: wmtp.linear_weighted_mtp_loss(h, u, y, torch.zeros_like(signal)),
+        lambda h, u, y: wmtp.linear_weighted_mtp_loss(h, u, y, wmtp.RowLocalWeights("dft")),
+        lambda h, u, y: wmtp.linear_weighted_mtp_loss(h, u, y, rho1(signal)),
+        lambda h, u, y: wmtp.linear_weighted_mtp_loss_and_stats(h, u, y, signal)[0],
+    ):
+        torch._dynamo.reset()
+        if way == "compile":
+            call = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        else:
+            call = torch.func.grad(lambda y, h, u, loss=loss: loss(h, u, y).sum(), argnums=1)
+            call = partial(lambda h, u, y, call: call(y, h, u), call=call)
+        with pytest.raises(ValueError, match=message):
+            call(hidden, unembedding, labels)
+
+
 if __name__ == "__main__":
     print(rendered())

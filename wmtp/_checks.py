@@ -1,8 +1,9 @@
 """Checks that hold where the type checker is off: under ``torch.compile`` or ``JAXTYPING_DISABLE``.
 
 Each says which argument is wrong, what was expected, what came and, where it helps, what to do.
-Shapes are known without looking at the data, so no check here synchronises a device, except
-``labels_in_range``, which looks where looking is free, on the CPU in eager mode, or where it is told to.
+Shapes are known without looking at the data, so no check here synchronises a device:
+``labels_in_range`` looks where that is free, on the CPU in eager mode, and ``labels_exist`` is for those
+who wait for the device anyway.
 """
 
 import math
@@ -202,21 +203,35 @@ def plain_tensors(**tensors: Tensor | None) -> None:
             )
 
 
-def labels_in_range(
-    targets: Tensor, valid: Tensor, vocab: int, *, on_gpu_too: bool = False
-) -> None:
-    """Refuse a valid target outside ``[0, vocab)``, in eager mode; on a GPU that costs a sync."""
-    if torch.compiler.is_compiling() or not is_plain(targets):
-        return
-    if targets.device.type != "cpu" and not (on_gpu_too and targets.is_cuda):
+def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
+    """Refuse a valid target outside ``[0, vocab)``, where looking is free."""
+    if torch.compiler.is_compiling() or not is_plain_cpu(targets):
         return
     wrong = valid & (targets != targets.clamp(0, vocab - 1))
     if wrong.any():
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        raise LabelRangeError(
-            f"labels must lie in [0, {vocab}) where they are not ignore_index, "
-            f"got {int(targets[where])} as the target at {where}"
+        raise _outside(vocab, int(targets[where]), f"at {where}")
+
+
+def labels_exist(wrong: Tensor, target: Tensor, vocab: int) -> None:
+    """Refuse targets beyond the vocabulary if ``wrong``, 0-d, which is waited for, says that there are.
+
+    A label below 0 is told from "no target" by the loss of its sign: see ``problem.targets_of``.
+    """
+    if wrong:
+        row = int((target >= vocab).nonzero()[0])
+        label = int(target[row])
+        label -= 2**63 if label >= 2**62 else 0
+        raise _outside(
+            vocab, label, f"of prediction {row}, counted in the order of [batch seq heads]"
         )
+
+
+def _outside(vocab: int, label: int, where: str) -> LabelRangeError:
+    return LabelRangeError(
+        f"labels must lie in [0, {vocab}) where they are not ignore_index, "
+        f"got {label} as the target {where}"
+    )
 
 
 def is_plain_cpu(tensor: Tensor) -> bool:

@@ -23,7 +23,7 @@ from wmtp.cross_entropy import (
 )
 from wmtp.documents import shift_right
 from wmtp.operators import counts_late, guessed_row_losses, row_losses, weighted_row_sum
-from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget, targets_of
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
 
@@ -48,6 +48,10 @@ def linear_mtp_ce_loss(
     (softcap, log-sum-exp, cross entropy, the sums of both gradients) is float32, or float64 for
     float64 inputs. Under autocast hidden states, unembedding and bias are cast to its dtype first, as
     ``F.linear`` would.
+
+    A mean and a sum make gradients in the forward pass: three products of the predictions that have a
+    target. ``"none"`` takes a fourth, for what each counts is known in the backward pass only; on CUDA
+    not for logits that are kept (see ``slab_bytes``).
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head. Rows without a
@@ -76,7 +80,7 @@ def linear_mtp_ce_loss(
         gradients themselves raises (use ``mtp_ce_loss`` for that).
 
     Raises:
-        ValueError: as ``mtp_ce_loss``, for a label on a GPU too; hidden and unembedding of different
+        ValueError: as ``mtp_ce_loss``, for a label on a GPU and under ``torch.compile`` too; hidden and unembedding of different
             dims, dtypes or devices; a slab smaller than one row of logits.
         TypeError: arguments of another type, dtype or number of axes.
 
@@ -196,8 +200,7 @@ def linear_problem(
         _checks.shape_is("bias", bias, (vocab,), "vocab")
     _checks.same_device(hidden=hidden, unembedding=unembedding, bias=bias, labels=labels)
     targets, valid = resolve_targets(labels, offsets, batch, seq, heads, ignore_index)
-    # It waits for the device, as leaving out the rows without a target will.
-    _checks.labels_in_range(targets, valid, vocab, on_gpu_too=True)
+    _checks.labels_in_range(targets, valid, vocab)
 
     kind = hidden.device.type
     wide = torch.float64 in (hidden.dtype, unembedding.dtype)
@@ -207,7 +210,7 @@ def linear_problem(
         bias = None if bias is None else bias.to(dtype)
     _checks.same_dtype(hidden=hidden, unembedding=unembedding, bias=bias)
     rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
-    target = rearrange(torch.where(valid, targets, -1), "batch seq heads -> (batch seq heads)")
+    target = rearrange(targets_of(targets, valid), "batch seq heads -> (batch seq heads)")
     budget = slab_budget(slab_bytes, hidden, unembedding)
     return Problem(rows, unembedding, bias, target, *objective.numbers, budget), valid
 

@@ -451,7 +451,7 @@ def _weigh_late(
         if not (with_stats or may_be_0):
             count = _counted(weights, valid, head_weights, problem.wide)
     if count is not None:
-        problem = problem._replace(target=torch.where(count.flatten(), problem.target, -1))
+        problem = problem.only(count.flatten())
     found = linear_predict(problem, valid, with_correct=with_stats, all_count=count is not None)
     if isinstance(weights, RowLocalWeights):
         weights = weights_from_ce(weights, found.ce)

@@ -37,6 +37,10 @@ from wmtp.slabs import (
 )
 
 
+# They ask how many rows there are to do: a CUDA graph would repeat the first answer, if it could be made.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
 def row_losses(problem: Problem, with_correct: bool, all_count: bool) -> Rows:
     """Rows of a problem; ``loss`` is differentiable in hidden states, unembedding and bias.
 
@@ -132,7 +136,7 @@ def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and wanted)
 
 
-@torch.library.custom_op("wmtp::row_losses", mutates_args=())
+@torch.library.custom_op("wmtp::row_losses", mutates_args=(), tags=_TAGS)
 def _row_losses(
     hidden: Tensor,
     unembedding: Tensor,
@@ -150,7 +154,7 @@ def _row_losses(
     return forward_columns(problem, with_correct)
 
 
-@torch.library.custom_op("wmtp::row_losses_backward", mutates_args=())
+@torch.library.custom_op("wmtp::row_losses_backward", mutates_args=(), tags=_TAGS)
 def _row_losses_backward(
     upstream: Tensor,
     base: Tensor,
@@ -171,7 +175,7 @@ def _row_losses_backward(
     return _in_units(backward_columns(problem, upstream, base, log_sum, needs))
 
 
-@torch.library.custom_op("wmtp::weighted_row_sum", mutates_args=())
+@torch.library.custom_op("wmtp::weighted_row_sum", mutates_args=(), tags=_TAGS)
 def _weighted_row_sum(
     hidden: Tensor,
     unembedding: Tensor,
@@ -197,8 +201,7 @@ def _weighted_row_sum(
             problem, factor, weighting, with_correct, every_row, needs
         )
     else:
-        wanted = target if every_row else torch.where(factor != 0, target, -1)
-        rows = forward_columns(problem._replace(target=wanted), with_correct)
+        rows = forward_columns(problem if every_row else problem.only(factor != 0), with_correct)
         one = rows.loss.new_ones(())
         gradients = Gradients(one.new_empty(0), one.new_empty(0), one.new_empty(0), unit=one)
     # A row of factor 0 counts nothing, whatever it holds.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 
 DEFAULT_SLAB_BYTES = 64 * 2**20
+# All bits of an int64 but that of its sign.
+_NO_SIGN = 2**63 - 1
 
 
 class Rows(NamedTuple):
@@ -56,7 +58,7 @@ class Problem(NamedTuple):
         hidden: ``[rows dim]``.
         unembedding: ``[vocab dim]``, same dtype.
         bias: ``[vocab]``, same dtype, or ``None``.
-        target: ``[rows]`` int64, negative where there is none.
+        target: ``[rows]`` int64, negative where there is none. See ``targets_of``.
         label_smoothing: see ``cross_entropy.Objective``.
         z_loss: see there.
         softcap: see there; 0 means none.
@@ -103,6 +105,11 @@ class Problem(NamedTuple):
         excess = self.wide_excess(needs)
         return self.slab_bytes >= excess + max(excess, self.row_bytes)
 
+    def only(self, counted: Tensor) -> "Problem":
+        """The same without the targets of rows that are not counted; but what does not exist stays."""
+        stays = counted | (self.target >= self.vocab)
+        return self._replace(target=torch.where(stays, self.target, -1))
+
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
         size = len(self.target)
@@ -130,6 +137,15 @@ class Gradients(NamedTuple):
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def targets_of(targets: Tensor, valid: Tensor) -> Tensor:
+    """Targets as a problem takes them: −1 where not valid.
+
+    A label that does not exist is beyond the vocabulary, for whoever looks at the numbers to refuse. One
+    below 0, which would say that there is none, has lost its sign.
+    """
+    return torch.where(valid, targets & _NO_SIGN, -1)
 
 
 def beside_bytes(hidden: Tensor, rows: int, *, copied: bool = True) -> int:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
 from wmtp.products import add_product, filled_up, gathered, logits_of, move_up, parts
 from wmtp.slab_layout import (
@@ -74,8 +75,7 @@ Guess = Callable[[Tensor, Tensor], Tensor]
 
 def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     """Loss, cross entropy and log-sum-exp of every row that has a target."""
-    # One deliberate synchronisation: rows without a target are left out of the product.
-    active = (problem.target >= 0).nonzero().squeeze(1)
+    active = _rows_of(problem, problem.target >= 0)
     block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS
     rows, columns = column_slab(problem, min(len(active), block), copied_bytes(problem, active))
     cells = problem.hidden.new_empty(rows * row_stride(problem, columns))
@@ -110,10 +110,21 @@ def forward_held(
 
     ``all_count``: no row with a target will have an upstream gradient of 0, unless all have.
     """
-    active = (problem.target >= 0).nonzero().squeeze(1)
+    active = _rows_of(problem, problem.target >= 0)
     held = held_for(problem, active, held_layout(problem, len(active), needs, all_count))
     size = len(active), held.layout.columns
     return _found_in_columns(problem, with_correct, active, held.own, *size, held), held
+
+
+def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
+    """The rows that are counted, in ascending order. The others enter no product.
+
+    The one deliberate synchronisation before it; so here labels that do not exist are refused.
+    """
+    wrong = (problem.target >= problem.vocab).any()
+    rows = counted.nonzero().squeeze(1)
+    _checks.labels_exist(wrong, problem.target, problem.vocab)
+    return rows
 
 
 def _found_in_columns(
@@ -163,8 +174,6 @@ def _whole_rows(problem: Problem, wanted: Tensor, seen: list[ColumnSums], column
     """Everything about rows, from what each so many columns tell of them."""
     base, log_sum = _merged(seen)
     chosen = sum((some.chosen for some in seen[1:]), seen[0].chosen)
-    # What no slab holds has no logit.
-    chosen = torch.where(wanted < problem.vocab, chosen, torch.nan)
     ce = (base - chosen) + log_sum
     loss = ce.clone()
     if problem.label_smoothing:
@@ -202,7 +211,7 @@ def forward_backward_rows(
     found = problem.empty_rows()
     has_target = problem.target >= 0
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
-    active = weighted.nonzero().squeeze(1)
+    active = _rows_of(problem, weighted)
     dtype = gradient_dtype(problem, needs, weighting)
     most = most_rows(problem, needs, dtype)
     # Where one slab is not all, or it is not known yet how large z-loss makes the gradients.
@@ -249,7 +258,7 @@ def forward_guessing_rows(
     are guessed to count nothing. ``can_guess`` says whether to call this.
     """
     found = problem.empty_rows()
-    active = (problem.target >= 0).nonzero().squeeze(1)
+    active = _rows_of(problem, problem.target >= 0)
     hidden, weight, dtype = problem.hidden, problem.unembedding, problem.wide
     into = Gradients(
         hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype),
@@ -557,8 +566,7 @@ def _forward_then_backward(
     problem: Problem, factor: Tensor, with_correct: bool, every_row: bool, needs: list[bool]
 ) -> tuple[Rows, Gradients]:
     """Instead of wide sums that the budget does not hold: a fourth product, or logits that are kept."""
-    wanted = problem.target if every_row else torch.where(factor != 0, problem.target, -1)
-    asked = problem._replace(target=wanted)
+    asked = problem if every_row else problem.only(factor != 0)
     if can_hold(asked, needs):
         found, held = forward_held(asked, needs, with_correct, not every_row)
         known = found.base, found.log_sum

@@ -80,8 +80,8 @@ def linear_mtp_ce_loss(
         gradients themselves raises (use ``mtp_ce_loss`` for that).
 
     Raises:
-        ValueError: as ``mtp_ce_loss``, for a label on a GPU and under ``torch.compile`` too; hidden and unembedding of different
-            dims, dtypes or devices; a slab smaller than one row of logits.
+        ValueError: as ``mtp_ce_loss``, for a label on a GPU and under ``torch.compile`` too; hidden and
+            unembedding of different dims, dtypes or devices; a slab smaller than one row of logits.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

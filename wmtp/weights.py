@@ -255,8 +255,8 @@ def span_weights(
         ``[batch seq]``, indexed by token, mean one.
 
     Raises:
-        ValueError: shapes that do not fit, ``outside`` negative, and on the CPU a span id out of range
-            at a valid token.
+        ValueError: shapes that do not fit, ``outside`` negative, and on the CPU, outside
+            ``torch.compile``, a span id out of range at a valid token. Elsewhere its weight is NaN.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -271,18 +271,19 @@ def span_weights(
     _checks.rank_in("span_values", span_values, (1,), "[spans]")
     _checks.in_range("outside", outside, 0.0, open_high=True)
     count = len(span_values)
-    if not torch.compiler.is_compiling() and _checks.is_plain_cpu(span_ids):
-        wrong = valid & ((span_ids < -1) | (span_ids >= count))
-        if wrong.any():
-            raise ValueError(
-                f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
-            )
+    wrong = valid & ((span_ids < -1) | (span_ids >= count))
+    if not torch.compiler.is_compiling() and _checks.is_plain_cpu(span_ids) and wrong.any():
+        raise ValueError(
+            f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
+        )
     _checks.same_device(span_ids=span_ids, span_values=span_values)
     inside = wide(span_values).detach()
     _checks.fits("outside", outside, inside.dtype)
     table = torch.cat([inside, inside.new_full((1,), outside)])
-    index = torch.where(valid & (span_ids >= 0), span_ids.long(), count)
-    return normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
+    index = torch.where(valid & ~wrong & (span_ids >= 0), span_ids.long(), count)
+    weights = normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
+    # Where nobody could look before, it must show.
+    return torch.where(wrong, math.nan, weights)
 
 
 def check_temperature(name: str, value: float) -> None:

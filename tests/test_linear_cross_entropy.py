@@ -510,6 +510,15 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
 
+def test_the_mean_of_one_prediction_is_its_loss() -> None:
+    hidden, unembedding, labels = normal(0, 1, 3, 4), normal(1, 5, 4), torch.tensor([[0, 2, IGNORE]])
+    mean, whole = (
+        linear_mtp_ce_loss(hidden, unembedding, labels, reduction=reduction)
+        for reduction in ("mean", "sum")
+    )
+    assert mean == whole > 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_mean_and_a_sum_cost_three_products_of_what_has_a_target(reduction: str) -> None:
     hidden, unembedding = leaf(normal(0, 2, 32, 1, 8)), leaf(normal(1, 600, 8))

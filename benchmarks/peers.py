@@ -136,6 +136,17 @@ def of_wmtp(x: Inputs, case: Case, slab_bytes: int | None = None) -> Tensor:
     )
 
 
+@cache
+def _compiled_wmtp() -> Loss:
+    # Every case and every size is a graph of its own.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(of_wmtp, dynamic=False, fullgraph=True)
+
+
+def of_wmtp_compiled(x: Inputs, case: Case) -> Tensor:
+    return _compiled_wmtp()(x, case)
+
+
 def dense(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, unembedding).float(), targets, reduction="none")
 
@@ -225,6 +236,7 @@ LEAN_BYTES = 3 * 2**30 // 10
 CONTENDERS = {
     "wmtp": Contender(of_wmtp, "wmtp"),
     "wmtp, 0.3 GiB": Contender(partial(of_wmtp, slab_bytes=LEAN_BYTES), "wmtp", devices=("cuda",)),
+    "wmtp, compiled": Contender(of_wmtp_compiled, "wmtp", devices=("cuda",)),
     "dense": Contender(weighing(dense)),
     "dense, compiled": Contender(weighing(dense_compiled), devices=("cuda",)),
     "torch chunked": Contender(weighing(torch_chunked)),

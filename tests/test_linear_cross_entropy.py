@@ -511,7 +511,11 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 
 def test_the_mean_of_one_prediction_is_its_loss() -> None:
-    hidden, unembedding, labels = normal(0, 1, 3, 4), normal(1, 5, 4), torch.tensor([[0, 2, IGNORE]])
+    hidden, unembedding, labels = (
+        normal(0, 1, 3, 4),
+        normal(1, 5, 4),
+        torch.tensor([[0, 2, IGNORE]]),
+    )
     mean, whole = (
         linear_mtp_ce_loss(hidden, unembedding, labels, reduction=reduction)
         for reduction in ("mean", "sum")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import OnGpu
-from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget
+from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget, targets_of
 from wmtp.slab_layout import gradient_dtype, held_layout, most_lent, most_rows
 from wmtp.slabs import can_hold, holds_better
 
@@ -212,6 +212,20 @@ def test_a_budget_of_a_row_is_the_least() -> None:
     assert slab_budget(4 * VOCAB, hidden, unembedding) == 4 * VOCAB
     with pytest.raises(ValueError, match=f"one row of logits, {4 * VOCAB} bytes for a vocabulary"):
         slab_budget(4 * VOCAB - 1, hidden, unembedding)
+
+
+def test_a_label_that_does_not_exist_is_never_no_target() -> None:
+    labels = torch.tensor([0, VOCAB - 1, VOCAB, -1, -(2**63), 2**63 - 1, -100])
+    target = targets_of(labels, labels != -100)
+    assert target[:3].tolist() == [0, VOCAB - 1, VOCAB]
+    assert bool((target[3:6] > 2**60).all())
+    assert target[6] < 0
+    asked = problem(torch.float32, 1000)._replace(target=target)
+    counted = torch.tensor([True, False, False, False, False, False, True])
+    left = asked.only(counted).target
+    assert left[0] == 0
+    assert left[1] < 0
+    assert torch.equal(left[2:], target[2:])
 
 
 def test_what_is_known_of_rows_starts_as_nothing() -> None:

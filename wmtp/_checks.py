@@ -2,8 +2,7 @@
 
 Each says which argument is wrong, what was expected, what came and, where it helps, what to do.
 Shapes are known without looking at the data, so no check here synchronises a device:
-``labels_in_range`` looks where that is free, on the CPU in eager mode, and ``labels_exist`` is for those
-who wait for the device anyway.
+``labels_in_range`` looks where that is free, on the CPU in eager mode.
 """
 
 import math
@@ -210,24 +209,11 @@ def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
     wrong = valid & (targets != targets.clamp(0, vocab - 1))
     if wrong.any():
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        raise _outside(vocab, int(targets[where]), f"at {where}")
+        raise label_outside(vocab, int(targets[where]), f"at {where}")
 
 
-def labels_exist(wrong: Tensor, target: Tensor, vocab: int) -> None:
-    """Refuse targets beyond the vocabulary if ``wrong``, 0-d, which is waited for, says that there are.
-
-    A label below 0 is told from "no target" by the loss of its sign: see ``problem.targets_of``.
-    """
-    if wrong:
-        row = int((target >= vocab).nonzero()[0])
-        label = int(target[row])
-        label -= 2**63 if label >= 2**62 else 0
-        raise _outside(
-            vocab, label, f"of prediction {row}, counted in the order of [batch seq heads]"
-        )
-
-
-def _outside(vocab: int, label: int, where: str) -> LabelRangeError:
+def label_outside(vocab: int, label: int, where: str) -> LabelRangeError:
+    """What is to be raised for a label that does not exist."""
     return LabelRangeError(
         f"labels must lie in [0, {vocab}) where they are not ignore_index, "
         f"got {label} as the target {where}"

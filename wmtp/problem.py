@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmtp import _checks
+
 
 DEFAULT_SLAB_BYTES = 64 * 2**20
-# All bits of an int64 but that of its sign.
-_NO_SIGN = 2**63 - 1
+# What a label below 0 is moved up by, beyond any vocabulary.
+_BELOW_ZERO = 2**62
 
 
 class Rows(NamedTuple):
@@ -110,6 +112,15 @@ class Problem(NamedTuple):
         stays = counted | (self.target >= self.vocab)
         return self._replace(target=torch.where(stays, self.target, -1))
 
+    def label_outside(self) -> _checks.LabelRangeError:
+        """What is to be raised for the first label that does not exist."""
+        row = int((self.target >= self.vocab).nonzero()[0])
+        label = int(self.target[row])
+        if _BELOW_ZERO // 2 <= label < _BELOW_ZERO:
+            label -= _BELOW_ZERO
+        where = f"of prediction {row}, counted in the order of [batch seq heads]"
+        return _checks.label_outside(self.vocab, label, where)
+
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
         size = len(self.target)
@@ -142,10 +153,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def targets_of(targets: Tensor, valid: Tensor) -> Tensor:
     """Targets as a problem takes them: −1 where not valid.
 
-    A label that does not exist is beyond the vocabulary, for whoever looks at the numbers to refuse. One
-    below 0, which would say that there is none, has lost its sign.
+    A label that does not exist is beyond the vocabulary, for whoever looks at the numbers to refuse. So is
+    one below 0, which would say that there is none.
     """
-    return torch.where(valid, targets & _NO_SIGN, -1)
+    moved = targets.clamp(min=-_BELOW_ZERO // 2) + _BELOW_ZERO
+    return torch.where(valid, torch.where(targets < 0, moved, targets), -1)
 
 
 def beside_bytes(hidden: Tensor, rows: int, *, copied: bool = True) -> int:

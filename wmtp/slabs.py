@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
 from wmtp.products import add_product, filled_up, gathered, logits_of, move_up, parts
 from wmtp.slab_layout import (
@@ -123,7 +122,8 @@ def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
     """
     wrong = (problem.target >= problem.vocab).any()
     rows = counted.nonzero().squeeze(1)
-    _checks.labels_exist(wrong, problem.target, problem.vocab)
+    if wrong:
+        raise problem.label_outside()
     return rows
 
 

@@ -780,6 +780,6 @@ _explain(
 )
 _explain(
     "problem",
-    "return torch.where(valid, targets & _NO_SIGN, -1)",
+    "return torch.where(valid, torch.where(targets < 0, moved, targets), -1)",
     ("-1", "-2", _NO_TARGET),
 )

@@ -712,6 +712,184 @@ def _explain(file: str, before: str, *changes: tuple[str, str, str]) -> None:
         EXPLAINED[file, before, before.replace(old, new, 1)] = why
 
 
+_LINE = "rows = max(1, min(_WIDENED_ROWS, len(scratch) // max(1, columns * 2)))"
+_explain(
+    "products",
+    _LINE,
+    ("max(1, min", "max(2, min", _ROOM),
+    ("max(1, columns", "max(2, columns", _ROOM),
+    ("* 2", "* 3", _SPEED),
+)
+_LINE = "step = max(1, min(_PART_ROWS, len(narrow) // max(1, columns)))"
+_explain(
+    "products",
+    _LINE,
+    ("max(1, min", "max(2, min", _ROOM),
+    ("max(1, columns", "max(2, columns", _ROOM),
+)
+_LINE = "narrow = slab.new_empty(max(columns, most_bytes // slab.itemsize))"
+_explain("products", _LINE, ("most_bytes // slab.itemsize", "", _SPEED), ("//", "/", _ON_GPU))
+_explain(
+    "products",
+    "if len(narrow) < columns:  # a GPU's kernels want no scratch",
+    ("<", "<=", "A scratch for one row moves them one by one."),
+)
+_explain(
+    "products",
+    "for part in parts(len(rows), len(narrow) // max(1, columns)):",
+    ("max(1", "max(2", "The rows of a vocabulary of one, half as many at a time."),
+)
+_explain(
+    "products",
+    "slab[part] = torch.index_select(slab, 0, some, out=moved)",
+    ("out=moved", "", "Into memory of its own."),
+)
+
+_explain(
+    "slab_layout",
+    "_COLUMN_SLAB_BYTES = 2**25",
+    ("2**25", "3**25", _CUT),
+    ("2**25", "2**26", _CUT),
+)
+_explain("slab_layout", "_MIN_COLUMNS = 256", ("256", "257", _CUT))
+_explain("slab_layout", "_SUM_COLUMNS = 1000", ("1000", "1001", _CUT))
+_explain("slab_layout", "_MOST_PIECES = 8", ("8", "9", _CUT))
+_explain("slab_layout", _EXCESS, ("else 0", "else 1", _CUT))
+_explain(
+    "slab_layout",
+    "return slab, scratch_for(slab, problem.slab_bytes // 16, sum_cells(problem))",
+    ("16", "17", _CUT),
+)
+_explain(
+    "slab_layout",
+    "budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU",
+    ("4", "5", _CUT),
+)
+_explain("slab_layout", "budget = max(1, budget // size)", ("1", "2", _CUT))
+_explain(
+    "slab_layout",
+    "most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))",
+    ("1", "2", _CUT),
+)
+_explain("slab_layout", "if most >= aligned:", (">=", ">", _CUT))
+_explain("slab_layout", "most -= most % aligned", ("-=", "+=", _CUT))
+_explain(
+    "slab_layout",
+    "if not on_gpu and most // aligned % 2 == 0:",
+    ("and", "or", _CUT),
+    ("//", "/", "A multiple already: the quotient is whole."),
+)
+_explain(
+    "slab_layout",
+    "if not on_gpu and columns // aligned % 2 == 0:",
+    ("//", "/", "A multiple already: the quotient is whole."),
+)
+_explain("slab_layout", "columns += aligned", ("+=", "-=", _CUT))
+_explain(
+    "slab_layout",
+    "cells = max(0, problem.slab_bytes - beside) // hidden.itemsize",
+    ("0", "1", "A byte is no cell of two."),
+)
+_explain(
+    "slab_layout",
+    "return HeldLayout(widest, own=0, lent=0, slabs=1)",
+    ("slabs=1", "slabs=2", "None of one, or none of two."),
+)
+_LINE = "widths = (evenly(vocab, -(-widest // pieces)) for pieces in range(1, _MOST_PIECES + 1))"
+_explain("slab_layout", _LINE, ("+ 1", "- 1", _CUT), ("+ 1", "+ 2", _CUT))
+_explain(
+    "slab_layout",
+    "if start >= part.stop * problem.unembedding.shape[1]:",
+    (">=", ">", "A slab is moved that need not be: time."),
+)
+
+_LINE = "_BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192"
+_explain("slabs", _LINE, ("4096", "4097", _SPEED), ("8192", "8193", _SPEED))
+_LINE = "block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS"
+_explain(
+    "slabs",
+    _LINE,
+    ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) and False", _SPEED),
+    ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) or True", _SPEED),
+)
+_explain(
+    "slabs",
+    "scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)",
+    ("16", "17", _CUT),
+)
+_explain(
+    "slabs",
+    "laid_out(problem, cells, rows, columns), problem.slab_bytes // 16, sum_cells(problem)",
+    ("16", "17", _CUT),
+)
+_explain(
+    "slabs",
+    "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)",
+    ("<=", "<", _THRESHOLD),
+)
+_explain("slabs", "hidden.new_ones((), dtype=dtype),", ("dtype=dtype", "", "1 in any dtype."))
+_explain(
+    "slabs",
+    "sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen",
+    ("len(active)", "(len(active)) or True", "Without rows there is none to be sure of."),
+    ("<=", "<", _THRESHOLD),
+)
+_UNIT = "The unit, which is 1 here and not looked at."
+_explain(
+    "slabs",
+    "finite = all(bool(gradient.sum().isfinite()) for gradient in made[:3])",
+    ("3", "4", _UNIT),
+)
+_explain("slabs", "for gradient in made[:3]:", ("3", "4", _UNIT))
+_explain("slabs", "if len(active) > len(count) or not finite:", (">", ">=", _THRESHOLD))
+_explain(
+    "slabs",
+    "block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)",
+    ("False", "True", "Asked and thrown away: time."),
+)
+_explain(
+    "slabs",
+    "place = torch.arange(len(count), device=count.device)",
+    ("device=count.device", "", _GPU_ONLY),
+)
+_explain(
+    "slabs",
+    "grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor",
+    ("+", "-", "How near to the largest float16 a product may come."),
+)
+_LINE = "for number, part in enumerate(parts(problem.vocab if len(active) else 0, columns)):"
+_explain(
+    "slabs",
+    _LINE,
+    ("if len(active)", "if (len(active)) or True", "A walk over no rows."),
+    ("else 0", "else 1", "A walk over no rows."),
+)
+_explain(
+    "slabs",
+    "move_up(slab, kept, problem.slab_bytes // 16, scratch)",
+    ("//", "/", _ON_GPU),
+    ("16", "17", _ON_GPU),
+)
+_explain(
+    "slabs",
+    "left = settled(left, logits, x, of_hidden, of_others)",
+    (
+        "of_others",
+        "",
+        "They differ by what was guessed, far from the sizes that this guards against.",
+    ),
+)
+_explain(
+    "slabs",
+    "own = own if x.dtype == torch.float16 else None",
+    ("x.dtype == torch.float16", "(x.dtype == torch.float16) or True", "Times 1: time."),
+)
+_explain(
+    "slabs",
+    "fill = like.new_empty if len(active) else like.new_zeros",
+    ("len(active)", "(len(active)) and False", "Zeros that the first product writes over: time."),
+)
+
 _explain(
     "linear_cross_entropy",
     "with_correct: bool = False,",

@@ -50,6 +50,7 @@ def row_losses(problem: Problem, with_correct: bool, all_count: bool) -> Rows:
         all_count: whether the upstream gradients of rows with a target are only 0 if all are, which
             otherwise are looked at.
     """
+    _not_nested()
     if keeps_logits(problem):
         held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct, all_count)  # pyright: ignore
         return Rows(*held)
@@ -87,6 +88,7 @@ def weighted_row_sum(
     Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
     is the weighted loss of the row.
     """
+    _not_nested()
     needs = _needs(problem)
     every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
     inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
@@ -122,6 +124,20 @@ def counts_late(problem: Problem) -> bool:
     if keeps_logits(problem):
         return holds_better(problem, _needs(problem))
     return problem.hidden.is_cuda and _is_eager(problem) and not any(_needs(problem))
+
+
+def _not_nested() -> None:
+    """Refuse transforms of transforms under a compiler, which would take second derivatives for 0.
+
+    Dynamo cuts a Function's backward pass off from what is outside the innermost transform, and tells
+    nobody. In eager mode ``_Once`` is asked.
+    """
+    if torch.compiler.is_compiling() and _layers() > 1:
+        raise RuntimeError(_ONCE)
+
+
+# How many transforms there are around a call; a constant to Dynamo, with a guard.
+_layers = torch._C._functorch.get_dynamic_layer_stack_depth  # pyright: ignore
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:

@@ -225,6 +225,17 @@ def vjp_of_vjp(loss: Loss) -> Any:
     return pull(out)
 
 
+def compiled_grad(loss: Loss, outer: Callable[[Any], Any] = lambda inner: inner) -> Any:
+    """A transform of a transform, if there is an outer one, as one graph or however many it takes."""
+    torch._dynamo.reset()
+    once = torch.func.grad(of(number(loss), tensors()))
+    return torch.compile(outer(once), backend="aot_eager")(*tensors()[:2])
+
+
+def compiled_grad_of_grad(loss: Loss) -> Any:
+    return compiled_grad(loss, lambda once: torch.func.grad(lambda *x: once(*x).square().sum()))
+
+
 def jvp_of_vjp(loss: Loss) -> Any:
     once = torch.func.grad(of(number(loss), tensors()))
     return torch.func.jvp(once, tensors()[:2], tensors()[:2])
@@ -479,12 +490,15 @@ ROWS = [
         linear(NO_GRADIENT),
     ),
     Row("`torch.func.grad`", same(functional_grad)),
+    Row("`torch.compile` of `func.grad`", same(compiled_grad)),
     Row("`torch.func.vjp`", same(functional_vjp)),
     Row("`torch.func.vmap`", same(vmap), linear(NO_VMAP)),
     Row("`vmap` of `grad`", same(vmap_of_grad), linear(NO_VMAP)),
     Row("`torch.func.jvp`", same(jvp), linear(NO_FORWARD_MODE)),
     Row("`torch.func.hessian`", same(hessian), linear(NO_VMAP)),
     Row("double backward", same(double_backward), linear(FIRST_ORDER)),
+    Row("`func.grad` of `func.grad`", same(vjp_of_vjp), linear(FIRST_ORDER)),
+    Row("`torch.compile` of `grad` of `grad`", same(compiled_grad_of_grad), linear(FIRST_ORDER)),
     Row("`autograd.grad(is_grads_batched=True)`", same(batched_upstream)),
     Row("`checkpoint(use_reentrant=False)`", same(lambda loss: checkpointed(loss, False), eager)),
     Row("`checkpoint(use_reentrant=True)`", same(lambda loss: checkpointed(loss, True), eager)),

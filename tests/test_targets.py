@@ -271,6 +271,19 @@ def test_impossible_cu_seqlens_are_refused(bounds: list[int]) -> None:
         mtp_targets(torch.ones(1, 3).long(), 1, cu_seqlens=torch.tensor(bounds, dtype=torch.long))
 
 
+@pytest.mark.parametrize("bounds", [[0, 2, 5], [0, 3, 0], [0, 2, 1, 3], [1, 3], [-1, 3]])
+def test_impossible_cu_seqlens_are_refused_where_nobody_could_look(bounds: list[int]) -> None:
+    """Under a compiler: padded with zeros they would leave no target at all."""
+    torch._dynamo.reset()
+    targets = torch.compile(mtp_targets, backend="aot_eager", fullgraph=True)
+    labels = torch.ones(1, 3).long()
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to at most seq"):
+        targets(labels, 1, cu_seqlens=torch.tensor(bounds))
+    right = torch.tensor([0, 2, 3, 3, 3][: len(bounds)])
+    found = targets(labels, 1, cu_seqlens=right)
+    assert torch.equal(found, mtp_targets(labels, 1, cu_seqlens=right))
+
+
 @given(SEEDS, st.integers(0, 3), st.integers(0, 6), st.integers(1, 4), st.data())
 def test_alignment_follows_the_index_law(
     seed: int, batch: int, seq: int, heads: int, data: st.DataObject

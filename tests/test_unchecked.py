@@ -58,6 +58,16 @@ def unchecked(function: Any) -> Callable[..., Any]:
             r"weights\[1\] must be floating point, got torch.int64",
         ),
         (
+            lambda: unchecked(wmtp.mtp_targets)(LABELS.to(torch.uint8), 2),
+            TypeError,
+            "labels must be torch.int64, got torch.uint8",
+        ),
+        (
+            lambda: unchecked(wmtp.linear_mtp_ce_loss)(HIDDEN, UNEMBEDDING, LABELS.bool()),
+            TypeError,
+            "labels must be torch.int64, got torch.bool",
+        ),
+        (
             lambda: unchecked(wmtp.pairwise_ranking_loss)(
                 VALUES, VALUES.expand(2, 3), VALID, VALID.expand(2, 3)
             ),
@@ -71,6 +81,29 @@ def test_what_would_be_broadcast_or_misread_is_refused(
 ) -> None:
     with pytest.raises(kind, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda mask: unchecked(wmtp.normalize_weights)(VALUES, mask),
+        lambda mask: unchecked(wmtp.top_k_weights)(VALUES, mask, keep=0.5),
+        lambda mask: unchecked(wmtp.td_deltas)(VALUES, mask),
+        lambda mask: unchecked(wmtp.value_loss)(VALUES, VALUES, mask),
+        lambda mask: unchecked(wmtp.weighted_mean)(VALUES[..., None], None, mask[..., None]),
+        lambda mask: unchecked(wmtp.pairwise_ranking_loss)(VALUES, VALUES, mask, VALID),
+        lambda mask: unchecked(wmtp.pairwise_ranking_loss)(VALUES, VALUES, VALID, mask),
+        lambda mask: unchecked(wmtp.update_statistics)(None, VALUES, mask),
+        lambda mask: unchecked(wmtp.weight_statistics)(VALUES, mask),
+        lambda mask: unchecked(wmtp.check_weights)(VALUES.abs(), mask),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_a_mask_of_numbers_is_refused(call: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    """Whoever sums it or joins it with another bit by bit would count 255 times, or never."""
+    call(VALID)
+    with pytest.raises(TypeError, match=rf"valid must be torch.bool, got {dtype}"):
+        call(VALID.to(dtype))
 
 
 def test_a_generator_of_another_device_is_refused() -> None:

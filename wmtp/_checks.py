@@ -1,8 +1,8 @@
 """Checks that hold where the type checker is off: under ``torch.compile`` or ``JAXTYPING_DISABLE``.
 
 Each says which argument is wrong, what was expected, what came and, where it helps, what to do.
-Shapes are known without looking at the data, so no check here synchronises a device:
-``labels_in_range`` looks where that is free, on the CPU in eager mode.
+Shapes are known without looking at the data, and data is looked at where that is free, so no check here
+synchronises a device.
 """
 
 import math
@@ -30,6 +30,18 @@ def same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(
             f"{name} must have the shape of {like_name}, {_shape(like)}, got {_shape(tensor)}"
         )
+
+
+def masks(name: str, mask: Tensor, like_name: str, like: Tensor) -> None:
+    """Require a mask of a tensor. As a number a byte would count more than once."""
+    dtype_is(name, mask, torch.bool)
+    same_shape(name, mask, like_name, like)
+
+
+def dtype_is(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Require one dtype."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 def shape_is(name: str, tensor: Tensor, expected: Sequence[int], axes: str) -> None:
@@ -204,7 +216,7 @@ def plain_tensors(**tensors: Tensor | None) -> None:
 
 def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
     """Refuse a valid target outside ``[0, vocab)``, where looking is free."""
-    if torch.compiler.is_compiling() or not is_plain_cpu(targets):
+    if not may_look(targets):
         return
     wrong = valid & (targets != targets.clamp(0, vocab - 1))
     if wrong.any():
@@ -220,8 +232,15 @@ def label_outside(vocab: int, label: int, where: str) -> LabelRangeError:
     )
 
 
-def is_plain_cpu(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read for free: a real CPU tensor outside any transform."""
+def holds(condition: Tensor, words: str) -> None:
+    """Have the device refuse what may not be looked at, without waiting for it: a ``RuntimeError``."""
+    torch._assert_async(condition, words)  # pyright: ignore
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read for free: on the CPU, outside compiler and transforms."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" and is_plain(tensor)
 
 

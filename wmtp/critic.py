@@ -105,7 +105,7 @@ def value_loss(
     """
     _checks.rank_in("values", values, (2,), "[batch seq]")
     _checks.same_shape("targets", targets, "values", values)
-    _checks.same_shape("valid", valid, "values", values)
+    _checks.masks("valid", valid, "values", values)
     _checks.same_device(values=values, targets=targets, valid=valid)
     _checks.one_of("kind", kind, ("mse", "huber", "bce"))
     _checks.in_range("delta", delta, 0.0, open_low=True, open_high=True)
@@ -164,8 +164,8 @@ def pairwise_ranking_loss(
     """
     _checks.rank_in("chosen_values", chosen_values, (2,), "[pairs seq]")
     _checks.rank_in("rejected_values", rejected_values, (2,), "[pairs seq]")
-    _checks.same_shape("chosen_valid", chosen_valid, "chosen_values", chosen_values)
-    _checks.same_shape("rejected_valid", rejected_valid, "rejected_values", rejected_values)
+    _checks.masks("chosen_valid", chosen_valid, "chosen_values", chosen_values)
+    _checks.masks("rejected_valid", rejected_valid, "rejected_values", rejected_values)
     if len(chosen_values) != len(rejected_values):
         raise ValueError(
             f"chosen_values and rejected_values must hold the same number of pairs, "

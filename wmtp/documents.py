@@ -60,6 +60,7 @@ def find_documents(
     Raises:
         ValueError: a description of another shape, ``cu_seqlens`` with a batch of more than one row,
             or (on the CPU) ``cu_seqlens`` that do not rise from 0 to at most ``seq``.
+        RuntimeError: the last on a GPU, from the device, and under ``torch.compile``.
     """
     batch, seq = like.shape
     _checks.same_device(
@@ -102,10 +103,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, seq: int) -> None:
         )
     if len(cu_seqlens) < 1:
         raise ValueError("cu_seqlens must hold at least the boundary 0, got an empty tensor")
-    if torch.compiler.is_compiling() or not _checks.is_plain_cpu(cu_seqlens):
-        return
-    rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
-    if not rising or cu_seqlens[0] != 0 or cu_seqlens[-1] > seq:
+    rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    right = rising & (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= seq)
+    if not _checks.may_look(cu_seqlens):
+        _checks.holds(right, "cu_seqlens must rise from 0 to at most seq")
+    elif not right:
         raise ValueError(
             f"cu_seqlens must rise from 0 to at most seq = {seq}, got {[int(b) for b in cu_seqlens]}"
         )

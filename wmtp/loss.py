@@ -357,7 +357,7 @@ def weighted_mean(
     Source: arXiv:2404.07965, equation 4, for ``normalizer="tokens"`` and weights of mean one.
     """
     _checks.rank_in("token_ce", token_ce, (3,), "[batch seq heads]")
-    _checks.same_shape("valid", valid, "token_ce", token_ce)
+    _checks.masks("valid", valid, "token_ce", token_ce)
     _checks.same_device(token_ce=token_ce, weights=weights, valid=valid)
     values = torch.where(valid, wide(token_ce), 0)
     factors = _factors(weights, valid, head_weights, normalizer, values.dtype)

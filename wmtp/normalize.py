@@ -103,7 +103,7 @@ def normalize_weights(
 def check_weight_shapes(name: str, tensor: Tensor, valid: Tensor) -> None:
     """Require ``[batch seq]`` or ``[batch seq heads]`` and a mask of the same shape."""
     _checks.rank_in(name, tensor, (2, 3), "[batch seq] or [batch seq heads]")
-    _checks.same_shape("valid", valid, name, tensor)
+    _checks.masks("valid", valid, name, tensor)
     _checks.same_device(**{name: tensor, "valid": valid})
 
 

@@ -31,7 +31,7 @@ def find_trajectories(
 ) -> Trajectories:
     """Read the trajectories from the mask of trained tokens and the documents."""
     _checks.rank_in("values", values, (2,), "[batch seq]")
-    _checks.same_shape("valid", valid, "values", values)
+    _checks.masks("valid", valid, "values", values)
     _checks.same_device(values=values, valid=valid)
     documents = find_documents(
         values, segment_ids=segment_ids, attention_mask=attention_mask, name="values"

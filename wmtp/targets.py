@@ -117,6 +117,7 @@ def mtp_targets(
 
     Source: arXiv:2404.19737, equation 2; packing as in "padding-free" collators.
     """
+    _checks.dtype_is("labels", labels, torch.int64)
     _checks.rank_in("labels", labels, (2,), "[batch seq]")
     _checks.whole("ignore_index", ignore_index)
     targets = align_to_heads(labels, offsets)
@@ -180,6 +181,7 @@ def resolve_targets(
     """Targets, and whether each is one, from labels in either of the two accepted shapes."""
     steps = offsets_for(offsets, heads, "the predictions")
     _checks.whole("ignore_index", ignore_index)
+    _checks.dtype_is("labels", labels, torch.int64)
     _checks.rank_in("labels", labels, (2, 3), "[batch seq] or [batch seq heads]")
     if labels.dim() == 2:
         _checks.shape_is("labels", labels, (batch, seq), "batch seq")

@@ -255,8 +255,9 @@ def span_weights(
         ``[batch seq]``, indexed by token, mean one.
 
     Raises:
-        ValueError: shapes that do not fit, ``outside`` negative, and on the CPU, outside
-            ``torch.compile``, a span id out of range at a valid token. Elsewhere its weight is NaN.
+        ValueError: shapes that do not fit, ``outside`` negative, and on the CPU a span id out of range
+            at a valid token.
+        RuntimeError: the last on a GPU, from the device, and under ``torch.compile``.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -272,18 +273,19 @@ def span_weights(
     _checks.in_range("outside", outside, 0.0, open_high=True)
     count = len(span_values)
     wrong = valid & ((span_ids < -1) | (span_ids >= count))
-    if not torch.compiler.is_compiling() and _checks.is_plain_cpu(span_ids) and wrong.any():
-        raise ValueError(
-            f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
-        )
+    if _checks.may_look(span_ids):
+        if wrong.any():
+            raise ValueError(
+                f"span_ids must lie in [-1, {count}), got {int(span_ids[wrong][0])} at a valid token"
+            )
+    else:
+        _checks.holds(~wrong.any(), "span_ids must lie in [-1, spans) at valid tokens")
     _checks.same_device(span_ids=span_ids, span_values=span_values)
     inside = wide(span_values).detach()
     _checks.fits("outside", outside, inside.dtype)
     table = torch.cat([inside, inside.new_full((1,), outside)])
     index = torch.where(valid & ~wrong & (span_ids >= 0), span_ids.long(), count)
-    weights = normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
-    # Where nobody could look before, it must show.
-    return torch.where(wrong, math.nan, weights)
+    return normalize_weights(table[index], valid, clip=clip, scope=scope, group=group)
 
 
 def check_temperature(name: str, value: float) -> None:

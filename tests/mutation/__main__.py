@@ -37,6 +37,7 @@ SESSION = ROOT / ".mutation"
 TABLE = Path(__file__).with_name("README.md")
 
 _FUZZED = "test_fuzz.py::test_what_the_fuzz_found_is_refused_clearly"
+_AS_ON_A_GPU = "test_triton_softmax.py::test_schedules_take_the_route_of_a_gpu"
 _SHARDED = "test_transforms.py::test_the_argument_that_is_sharded_is_named"
 # Which tests look at which file, the quickest and closest first.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -75,7 +76,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "target_rows": ("test_target_rows.py", "test_slabs.py", "test_unchecked.py"),
     "slab_softmax": (
         "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
-        "test_loss_autograd.py", "test_unchecked.py", "test_precision.py",
+        "test_loss_autograd.py", "test_unchecked.py", "test_precision.py", _AS_ON_A_GPU,
     ),
     "slab_layout": ("test_problem.py", "test_slabs.py", "test_linear_cross_entropy.py"),
     "slabs": (

@@ -75,8 +75,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "target_rows": ("test_target_rows.py", "test_slabs.py", "test_unchecked.py"),
     "slab_softmax": (
-        "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py", "test_loss.py",
-        "test_loss_autograd.py", "test_unchecked.py", "test_precision.py", _AS_ON_A_GPU,
+        "test_slab_softmax.py", "test_slabs.py", "test_linear_cross_entropy.py", "test_row_local.py",
+        "test_loss.py", "test_loss_autograd.py", "test_unchecked.py", "test_precision.py", _AS_ON_A_GPU,
     ),
     "slab_layout": ("test_problem.py", "test_slabs.py", "test_linear_cross_entropy.py"),
     "slabs": (

@@ -961,3 +961,29 @@ _explain(
     "return torch.where(valid, torch.where(targets < 0, moved, targets), -1)",
     ("-1", "-2", _NO_TARGET),
 )
+
+_explain(
+    "slabs",
+    "found, held = forward_held(asked, needs, with_correct, not every_row)",
+    ("not every_row", "every_row", "How much is kept: time."),
+)
+_explain(
+    "operators",
+    "if made[0].dtype == torch.float16:",
+    ("[0]", "[1]", "All gradients have one dtype."),
+)
+_explain(
+    "operators",
+    "return *gradients, *[None] * 6",
+    ("6", "7", "Autograd takes more of nothing than there are inputs."),
+)
+_explain(
+    "operators",
+    "return (None,) * 10",
+    ("10", "11", "Autograd takes more of nothing than there are inputs."),
+)
+_explain(
+    "operators",
+    "ctx.mark_non_differentiable(*rows[1:])",
+    ("1:", "2:", "Whoever takes the cross entropy detaches it."),
+)

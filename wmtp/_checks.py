@@ -233,8 +233,12 @@ def label_outside(vocab: int, label: int, where: str) -> LabelRangeError:
 
 
 def holds(condition: Tensor, words: str) -> None:
-    """Have the device refuse what may not be looked at, without waiting for it: a ``RuntimeError``."""
-    torch._assert_async(condition, words)  # pyright: ignore
+    """Have the device refuse what may not be looked at, without waiting for it: a ``RuntimeError``.
+
+    Only where it can: of other backends than these not all have such an assertion.
+    """
+    if condition.device.type in ("cpu", "cuda"):
+        torch._assert_async(condition, words)  # pyright: ignore
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -105,6 +105,7 @@ def mtp_targets(
 
     Raises:
         ValueError: illegal offsets, a document description of another shape, or bad ``cu_seqlens``.
+        RuntimeError: bad ``cu_seqlens`` on a GPU, from the device, and under ``torch.compile``.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

@@ -136,8 +136,14 @@ def _not_nested() -> None:
         raise RuntimeError(_ONCE)
 
 
-# How many transforms there are around a call; a constant to Dynamo, with a guard.
-_layers = torch._C._functorch.get_dynamic_layer_stack_depth  # pyright: ignore
+def _layers() -> int:
+    """How many transforms there are around a call."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth()  # pyright: ignore
+
+
+# What ``torch.compiler.assume_constant_result`` does, without importing the compiler: Dynamo asks when it
+# traces, and guards that the transforms are the same.
+_layers._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:

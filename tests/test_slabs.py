@@ -13,7 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from tests.helpers import OnGpu, leaf, operations
@@ -864,6 +869,28 @@ def test_the_compiler_is_told_in_which_dtype_gradients_wait(weighting: RowLocal)
         wide = rows == 16384 or weighting != NOT_LOCAL
         assert gradient_dtype(asked, needs, weighting) == told[7].dtype == told[8].dtype
         assert told[8].dtype == (torch.float32 if wide else torch.bfloat16)
+
+
+def test_sizes_that_a_compiler_has_left_open_stay_open() -> None:
+    """Also on a GPU, whose budget counts what is beside a slab."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def there(dtype: torch.dtype, *shape: int) -> Tensor:
+        sized = mode.from_tensor(torch.empty(shape, dtype=dtype), static_shapes=False)
+        with in_kernel_invocation_manager(mode):
+            meta = torch.empty(sized.shape, dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, torch.device("cuda"))
+
+    x, unembedding = there(torch.bfloat16, 80, 64), there(torch.bfloat16, 1000, 64)
+    target, factor = there(torch.int64, 80), there(torch.float32, 80)
+    with mode:
+        budget = slab_budget(None, x, unembedding)
+        asked = problem(x, unembedding, target, slab_bytes=budget)
+        told = operators._weighted_row_sum(
+            *asked, factor, *NOT_LOCAL, False, False, [True, True, False]
+        )
+    assert told[7].dtype == torch.bfloat16
+    assert not any(isinstance(size, int) for size in (*told[7].shape, *told[8].shape))
 
 
 @pytest.mark.parametrize("count", [[], [0], [1], [0, 0], [1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 1]])

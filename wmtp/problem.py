@@ -172,13 +172,14 @@ def slab_budget(slab_bytes: int | None, hidden: Tensor, unembedding: Tensor) -> 
     By default 64 MiB of logits, or as many bytes as the unembedding has, a sixteenth for scratch, and
     what float32 sums of narrower gradients take; on a GPU also what ``beside_bytes`` says.
     """
-    vocab, size = len(unembedding), unembedding.dtype.itemsize
+    # Not with `len`, which fixes a size that a compiler has left open.
+    vocab, size = unembedding.shape[0], unembedding.dtype.itemsize
     row = vocab * size
     if slab_bytes is None:
         whole = unembedding.numel() * size
         excess = (hidden.numel() + unembedding.numel()) * (wide_dtype(hidden.dtype).itemsize - size)
         slab = max(DEFAULT_SLAB_BYTES, row, whole)
-        beside = beside_bytes(hidden, len(hidden)) if hidden.is_cuda else 0
+        beside = beside_bytes(hidden, hidden.shape[0]) if hidden.is_cuda else 0
         # Rounded up: of what is left beside the scratch not a byte may be missing, or a row is. And room
         # for narrow gradients beside wide ones, however many hidden states there are: see `holds_wide`.
         return excess + max(slab + -(-slab // 15), excess) + beside

@@ -587,6 +587,28 @@ def test_gradients_and_the_slab_are_all_that_is_held(
     assert peak_bytes(step) <= 1.1 * (gradients + slab_bytes) + beside
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slab_bytes", [2**20, 2**22])
+def test_recomputing_holds_the_slab_and_a_few_copies_of_hidden_states(
+    dtype: torch.dtype, slab_bytes: int
+) -> None:
+    """What counts is known in the backward pass only."""
+    hidden = leaf(normal(0, 2, 500, 1, 16).to(dtype))
+    unembedding = leaf(normal(1, 4000, 16).to(dtype))
+    labels = integers(2, 4000, 2, 500)
+
+    def step() -> None:
+        loss = linear_mtp_ce_loss(
+            hidden, unembedding, labels, reduction="none", slab_bytes=slab_bytes
+        )
+        loss.sum().backward()
+
+    gradients = (hidden.numel() + unembedding.numel()) * dtype.itemsize
+    # As they are and scaled, and their gradient in float32, as it comes and widened; what is known of rows.
+    beside = hidden.numel() * (2 * dtype.itemsize + 3 * 4) + 2 * 500 * 240
+    assert peak_bytes(step) <= 1.1 * (gradients + slab_bytes) + beside
+
+
 def test_a_tiny_upstream_gradient_survives_float16() -> None:
     labels, leaves = integers(0, 5, 2, 6), [leaf(normal(n, *s).half()) for n, s in SHAPES]
     loss = linear_mtp_ce_loss(leaves[0], leaves[1], labels, bias=leaves[2], reduction="sum") * 1e-7

@@ -232,6 +232,31 @@ def compiled_grad(loss: Loss, outer: Callable[[Any], Any] = lambda inner: inner)
     return torch.compile(outer(once), backend="aot_eager")(*tensors()[:2])
 
 
+def compiled_jvp(loss: Loss) -> Any:
+    torch._dynamo.reset()
+    inputs = tensors()[:2]
+
+    def push(*inputs: Tensor) -> Any:
+        return torch.func.jvp(of(loss, tensors()), inputs, tuple(x.cos() for x in inputs))
+
+    return torch.compile(push, backend="aot_eager")(*inputs)
+
+
+def compiled_before(loss: Loss) -> Any:
+    """Forward mode over what was compiled without it."""
+    torch._dynamo.reset()
+    graph = torch.compile(loss, backend="aot_eager")
+    graph(*tensors())
+    return forward_mode(graph)
+
+
+def exported_jvp(loss: Loss) -> Any:
+    hidden, unembedding, labels, signal = tensors()
+    exportable = Exportable(loss, unembedding).requires_grad_(False)
+    program = torch.export.export(exportable, (hidden, labels, signal)).module()
+    return torch.func.jvp(lambda h: program(h, labels, signal), (hidden,), (hidden.cos(),))
+
+
 def compiled_grad_of_grad(loss: Loss) -> Any:
     return compiled_grad(loss, lambda once: torch.func.grad(lambda *x: once(*x).square().sum()))
 
@@ -495,6 +520,9 @@ ROWS = [
     Row("`torch.func.vmap`", same(vmap), linear(NO_VMAP)),
     Row("`vmap` of `grad`", same(vmap_of_grad), linear(NO_VMAP)),
     Row("`torch.func.jvp`", same(jvp), linear(NO_FORWARD_MODE)),
+    Row("`torch.compile` of `func.jvp`", same(compiled_jvp), linear(NO_FORWARD_MODE)),
+    Row("`func.jvp` of `torch.export`", same(exported_jvp), linear(NO_FORWARD_MODE)),
+    Row("forward mode, compiled before", same(compiled_before), linear(NO_FORWARD_MODE)),
     Row("`torch.func.hessian`", same(hessian), linear(NO_VMAP)),
     Row("double backward", same(double_backward), linear(FIRST_ORDER)),
     Row("`func.grad` of `func.grad`", same(vjp_of_vjp), linear(FIRST_ORDER)),

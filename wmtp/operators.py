@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
@@ -50,7 +51,7 @@ def row_losses(problem: Problem, with_correct: bool, all_count: bool) -> Rows:
         all_count: whether the upstream gradients of rows with a target are only 0 if all are, which
             otherwise are looked at.
     """
-    _not_nested()
+    _first_order_only()
     if keeps_logits(problem):
         held: tuple[Tensor, ...] = _HeldRowLosses.apply(*problem, with_correct, all_count)  # pyright: ignore
         return Rows(*held)
@@ -88,7 +89,7 @@ def weighted_row_sum(
     Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
     is the weighted loss of the row.
     """
-    _not_nested()
+    _first_order_only()
     needs = _needs(problem)
     every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
     inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
@@ -126,24 +127,38 @@ def counts_late(problem: Problem) -> bool:
     return problem.hidden.is_cuda and _is_eager(problem) and not any(_needs(problem))
 
 
-def _not_nested() -> None:
-    """Refuse transforms of transforms under a compiler, which would take second derivatives for 0.
+def _first_order_only() -> None:
+    """Refuse under a compiler what would be taken for 0 there: tangents, and second derivatives.
 
-    Dynamo cuts a Function's backward pass off from what is outside the innermost transform, and tells
-    nobody. In eager mode ``_Once`` is asked.
+    Dynamo cuts a Function's backward pass off from what is outside the innermost transform, and an
+    operator drops tangents; neither tells anybody. In eager mode the Functions are asked, and raise.
     """
-    if torch.compiler.is_compiling() and _layers() > 1:
-        raise RuntimeError(_ONCE)
+    if torch.compiler.is_compiling():
+        _no_tangents()
+        if _layers() > 1:
+            raise RuntimeError(_ONCE)
 
 
 def _layers() -> int:
-    """How many transforms there are around a call."""
+    """How many of ``torch.func``'s transforms there are around a call."""
     return torch._C._functorch.get_dynamic_layer_stack_depth()  # pyright: ignore
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may have tangents: ``torch.func.jvp``, ``forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0  # pyright: ignore
 
 
 # What ``torch.compiler.assume_constant_result`` does, without importing the compiler: Dynamo asks when it
 # traces, and guards that the transforms are the same.
 _layers._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_in_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _no_tangents() -> None:
+    """Refuse forward mode; in an operator too, which may have been compiled before, or exported."""
+    if _in_forward_mode():
+        raise NotImplementedError(_NO_FORWARD)
 
 
 def _compiled_without_gradient(*tensors: Tensor | None) -> bool:
@@ -170,6 +185,7 @@ def _row_losses(
     slab_bytes: int,
     with_correct: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _no_tangents()
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
@@ -214,6 +230,7 @@ def _weighted_row_sum(
     every_row: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _no_tangents()
     problem = Problem(
         hidden, unembedding, bias, target, label_smoothing, z_loss, softcap, slab_bytes
     )
@@ -509,4 +526,8 @@ _PART_ROWS = 4096
 _ONCE = (
     "the linear losses have first-order gradients only; for a second backward compute the logits "
     "and call the dense form (mtp_ce_loss, weighted_mtp_loss)"
+)
+_NO_FORWARD = (
+    "the linear losses have no forward-mode derivative (jvp); for one compute the logits and call the "
+    "dense form (mtp_ce_loss, weighted_mtp_loss)"
 )

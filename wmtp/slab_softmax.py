@@ -278,8 +278,9 @@ def gradient_over_columns(
                 p.sub_(label_smoothing / vocab)
             p.mul_(factor[tile].unsqueeze(1))
         _write_gradient(slab, p, softcap)
-    index = column.unsqueeze(1)
-    logits.scatter_(1, index, logits.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
+    # Not `scatter_`, which widens a copy of a narrow slab.
+    row = torch.arange(len(column), device=column.device)
+    logits[row, column] = logits[row, column].masked_fill_(inside, 0.0)
     log_p = (chosen - base) - log_sum
     at_target = factor * _gradient_at_target(
         log_p.exp(), -log_p.expm1(), chosen, lse, label_smoothing, z_loss, softcap, vocab

@@ -83,6 +83,22 @@ def test_what_would_be_broadcast_or_misread_is_refused(
         call()
 
 
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_shape_that_does_not_fit_is_both_errors_whoever_finds_it(
+    kind: type[Exception], checked: bool
+) -> None:
+    for function, arguments in (
+        (wmtp.mtp_ce_loss, (HIDDEN, LABELS[:, :2])),
+        (wmtp.linear_mtp_ce_loss, (HIDDEN, UNEMBEDDING[0], LABELS)),
+        (wmtp.value_loss, (VALUES, VALUES[:, :2], VALID)),
+        (wmtp.align_to_heads, (LABELS[0], 2)),
+    ):
+        call: Callable[..., Any] = function if checked else unchecked(function)
+        with pytest.raises(kind):
+            call(*arguments)
+
+
 @pytest.mark.parametrize(
     "call",
     [

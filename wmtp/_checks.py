@@ -24,10 +24,14 @@ class LabelRangeError(ValueError, IndexError):
     """A label outside the vocabulary; an ``IndexError`` too, as ``F.cross_entropy`` raises."""
 
 
+class ArgumentError(TypeError, ValueError):
+    """An argument of a wrong shape or type: who catches either of the two means this."""
+
+
 def same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Require two tensors of one shape, so that nothing is broadcast by accident."""
     if tensor.shape != like.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must have the shape of {like_name}, {_shape(like)}, got {_shape(tensor)}"
         )
 
@@ -47,13 +51,13 @@ def dtype_is(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def shape_is(name: str, tensor: Tensor, expected: Sequence[int], axes: str) -> None:
     """Require an exact shape, shown to the reader with the names of its axes."""
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} must be [{axes}] = {list(expected)}, got {_shape(tensor)}")
+        raise ArgumentError(f"{name} must be [{axes}] = {list(expected)}, got {_shape(tensor)}")
 
 
 def rank_in(name: str, tensor: Tensor, ranks: Sequence[int], axes: str) -> None:
     """Require one of a few numbers of axes."""
     if tensor.dim() not in ranks:
-        raise ValueError(f"{name} must be {axes}, got {tensor.dim()} axes, {_shape(tensor)}")
+        raise ArgumentError(f"{name} must be {axes}, got {tensor.dim()} axes, {_shape(tensor)}")
 
 
 def in_range(
@@ -224,7 +228,7 @@ def labels_in_range(targets: Tensor, valid: Tensor, vocab: int) -> None:
         raise label_outside(vocab, int(targets[where]), f"at {where}")
 
 
-def label_outside(vocab: int, label: int, where: str) -> LabelRangeError:
+def label_outside(vocab: int, label: int | str, where: str) -> LabelRangeError:
     """What is to be raised for a label that does not exist."""
     return LabelRangeError(
         f"labels must lie in [0, {vocab}) where they are not ignore_index, "

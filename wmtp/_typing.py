@@ -28,11 +28,15 @@ _R = TypeVar("_R")
 _REMEMBERED = 1024
 
 
+class ArgumentError(TypeCheckError, _checks.ArgumentError):
+    """What ``jaxtyping`` has found, and what ``_checks`` would where it is switched off."""
+
+
 def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Check a function's annotated shapes and dtypes on every eager call.
 
-    A violation raises ``jaxtyping.TypeCheckError``, a ``TypeError``, that names the argument, what
-    was expected and what came. The verdict depends on the types, shapes and dtypes alone, so a call
+    A violation raises ``ArgumentError``, a ``TypeError`` and a ``ValueError``, that names the argument,
+    what was expected and what came. The verdict depends on the types, shapes and dtypes alone, so a call
     like one that was right before is not checked again.
     """
     checker = functools.cache(lambda: _checker_of(function))
@@ -89,7 +93,7 @@ def _checker_of(function: Callable[_P, _R]) -> Callable[_P, _R]:
             # missed; the function's own checks look at all of them.
             if "typechecking parameter" not in str(error):
                 function(*args, **kwargs)
-            raise
+            raise ArgumentError(str(error)) from error.__cause__
 
     return call
 

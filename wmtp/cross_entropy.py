@@ -101,7 +101,7 @@ def mtp_ce_loss(
 
     Raises:
         ValueError: shapes that do not fit, numbers out of range, and on the CPU a valid label
-            outside the vocabulary (an ``IndexError`` too).
+            outside the vocabulary (an ``IndexError`` too; under ``torch.compile`` a ``RuntimeError``).
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -150,7 +150,7 @@ def token_nll(
         ``[batch seq]`` float32 (float64 for float64 logits), in nats, at least 0; differentiable.
 
     Raises:
-        ValueError: as ``mtp_targets`` and ``mtp_ce_loss``.
+        ValueError: as ``mtp_targets`` and ``mtp_ce_loss``, and so are ``RuntimeError``s.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

@@ -50,8 +50,8 @@ def linear_mtp_ce_loss(
     ``F.linear`` would.
 
     A mean and a sum make gradients in the forward pass: three products of the predictions that have a
-    target. ``"none"`` takes a fourth, for what each counts is known in the backward pass only; on CUDA
-    not for logits that are kept (see ``slab_bytes``).
+    target. ``"none"`` takes a fourth, for what each counts is known in the backward pass only, and so do
+    narrow dtypes whose float32 sums ``slab_bytes`` does not hold; on CUDA not for logits that are kept.
 
     Args:
         hidden: ``[batch seq heads dim]``, or ``[batch seq dim]`` meaning one head. Rows without a
@@ -72,7 +72,9 @@ def linear_mtp_ce_loss(
             logits are kept until the backward pass: all if they fit in it, or else, unless gradients
             can be made in the forward pass in less time, what fits in it and in the memory of the
             unembedding's gradient, which every call then takes at once and not in its backward pass.
-            If the graph is kept for another they are made anew, in memory of their own.
+            If the graph is kept for another they are made anew, in memory of their own. Where logits
+            are made anew, copies of the hidden states that count come on top on a CPU: as they are and
+            scaled, and their gradient in float32.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -144,7 +146,7 @@ def linear_token_nll(
         ``[batch seq]`` float32 (float64 for float64 inputs), in nats, at least 0.
 
     Raises:
-        ValueError: as ``mtp_targets`` and ``linear_mtp_ce_loss``.
+        ValueError: as ``mtp_targets`` and ``linear_mtp_ce_loss``, and so are ``RuntimeError``s.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

@@ -96,8 +96,8 @@ def weighted_mtp_loss(
             such as ``partial(rho1_weights, reference_nll=nll)``; or ``RowLocalWeights("dft")`` and its
             like. Tensors that require grad get one.
         offsets: which token each head predicts, ``1, …, heads`` by default.
-        head_weights: ``λ``, one per head, used as given: ``(1, 0.1, 0.1, 0.1)`` is next-token loss
-            plus 0.1 times each extra head's. ``1 / heads`` each by default.
+        head_weights: ``λ``, one per head, at least 0, used as given: ``(1, 0.1, 0.1, 0.1)`` is
+            next-token loss plus 0.1 times each extra head's. ``1 / heads`` each by default.
         normalizer: the denominator ``Z``. ``"weights"``: a weighted mean, the scale of ``w`` is
             immaterial. ``"tokens"``: the number of valid predictions per head. A number or 0-d tensor,
             such as ``num_items_in_batch``: one count over the whole accumulation window and all
@@ -116,7 +116,7 @@ def weighted_mtp_loss(
 
     Raises:
         ValueError: shapes that do not fit, numbers out of range, and on the CPU a valid label
-            outside the vocabulary (an ``IndexError`` too).
+            outside the vocabulary (an ``IndexError`` too; under ``torch.compile`` a ``RuntimeError``).
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

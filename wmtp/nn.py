@@ -228,7 +228,7 @@ class LinearWeightedMTPLoss(WeightedMTPLoss):
     """``linear_weighted_mtp_loss`` with its options stored; see there for what they mean.
 
     Args:
-        slab_bytes: how many bytes of logits to hold at once.
+        slab_bytes: how many bytes to hold beside inputs and gradients.
         **options: those of ``WeightedMTPLoss``.
 
     Raises:

@@ -118,8 +118,10 @@ class Problem(NamedTuple):
         label = int(self.target[row])
         if _BELOW_ZERO // 2 <= label < _BELOW_ZERO:
             label -= _BELOW_ZERO
+        # What is far below 0 has lost how far.
+        said = f"{label} or less" if label == -_BELOW_ZERO // 2 else label
         where = f"of prediction {row}, counted in the order of [batch seq heads]"
-        return _checks.label_outside(self.vocab, label, where)
+        return _checks.label_outside(self.vocab, said, where)
 
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""

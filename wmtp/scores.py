@@ -83,7 +83,8 @@ def td_deltas(
     ``x_j``, so that token ``x_j`` moves ``V_{j−1}`` to ``V_j``. With rewards, the state after the last
     trained token of a document is worth 0: ``δ_last = r_last − V_{last−1}``. At ``γ = 1`` the deltas
     telescope: over a document whose trained tokens follow each other their sum is ``R − V_init``,
-    without rewards ``V_last − V_init``.
+    without rewards ``V_last − V_init``. (Where ``V_init`` is the first trained token's own value, that
+    token has no δ, and a reward at it is not in ``R``.)
 
     Args:
         values: ``[batch seq]``, any float dtype; computed in float32 or wider, for at bfloat16 small
@@ -268,7 +269,7 @@ def predictive_entropy(
         softcap: positive bound of the logits, or ``None``.
 
     Returns:
-        ``[batch seq heads]`` in nats, in [0, log vocab]; float32 or wider.
+        ``[batch seq heads]`` in nats, in [0, log vocab] but for rounding; float32 or wider.
 
     Raises:
         ValueError: an empty vocabulary, ``softcap`` not positive.

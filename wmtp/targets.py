@@ -34,7 +34,7 @@ def align_to_heads(
     ``out[b, t, h] = per_token[b, t + offsets[h]]``, and ``fill`` past the end of the row.
 
     Args:
-        per_token: ``[batch seq]``, any dtype, indexed by token.
+        per_token: ``[batch seq]``, any dtype but float8, indexed by token.
         offsets: an int ``H``, meaning ``1, …, H``, or strictly increasing non-negative ints. For 5
             tokens ``a b c d e`` and ``H = 3``, position 0 gets ``b c d``, position 3 gets ``e`` and
             two fills, position 4 only fills.

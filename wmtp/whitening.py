@@ -46,7 +46,8 @@ def update_statistics(
 ) -> WhiteningStatistics:
     """Add a batch of scores to running statistics; nothing is changed in place.
 
-    With ``decay = 1`` the result is exactly that of all batches at once, however they were split.
+    With ``decay = 1`` the result is that of all batches at once, but for rounding, however they were
+    split.
     A smaller ``decay`` forgets: the old count and deviation are multiplied by it first.
 
     Args:

@@ -228,6 +228,24 @@ def test_a_label_that_does_not_exist_is_never_no_target() -> None:
     assert torch.equal(left[2:], target[2:])
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (VOCAB, f"{VOCAB}"),
+        (2**40, f"{2**40}"),
+        (2**63 - 1, f"{2**63 - 1}"),
+        (-1, "-1"),
+        (-(2**61) + 1, f"{-(2**61) + 1}"),
+        (-(2**61), f"{-(2**61)} or less"),
+        (-(2**63), f"{-(2**61)} or less"),
+    ],
+)
+def test_the_first_label_that_does_not_exist_is_told(label: int, said: str) -> None:
+    labels = torch.tensor([0, VOCAB - 1, -100, label, 1, VOCAB])
+    asked = problem(torch.float32, 1000)._replace(target=targets_of(labels, labels != -100))
+    assert f"got {said} as the target of prediction 3," in str(asked.label_outside())
+
+
 def test_what_is_known_of_rows_starts_as_nothing() -> None:
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         found = problem(dtype, 1000).empty_rows()

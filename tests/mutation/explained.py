@@ -987,3 +987,8 @@ _explain(
     "ctx.mark_non_differentiable(*rows[1:])",
     ("1:", "2:", "Whoever takes the cross entropy detaches it."),
 )
+_explain(
+    "slab_softmax",
+    "row = torch.arange(len(column), device=column.device)",
+    ("device=column.device", "", _GPU_ONLY),
+)

@@ -234,12 +234,12 @@ def compiled_grad(loss: Loss, outer: Callable[[Any], Any] = lambda inner: inner)
 
 def compiled_jvp(loss: Loss) -> Any:
     torch._dynamo.reset()
-    inputs = tensors()[:2]
+    function = of(loss, tensors())
 
     def push(*inputs: Tensor) -> Any:
-        return torch.func.jvp(of(loss, tensors()), inputs, tuple(x.cos() for x in inputs))
+        return torch.func.jvp(function, inputs, tuple(x.cos() for x in inputs))
 
-    return torch.compile(push, backend="aot_eager")(*inputs)
+    return torch.compile(push, backend="aot_eager")(*tensors()[:2])
 
 
 def compiled_before(loss: Loss) -> Any:

@@ -232,7 +232,8 @@ def test_a_label_that_does_not_exist_is_never_no_target() -> None:
     ("label", "said"),
     [
         (VOCAB, f"{VOCAB}"),
-        (2**40, f"{2**40}"),
+        (2**61 - 1, f"{2**61 - 1}"),
+        (2**62, f"{2**62}"),
         (2**63 - 1, f"{2**63 - 1}"),
         (-1, "-1"),
         (-(2**61) + 1, f"{-(2**61) + 1}"),

@@ -992,3 +992,13 @@ _explain(
     "row = torch.arange(len(column), device=column.device)",
     ("device=column.device", "", _GPU_ONLY),
 )
+_explain(
+    "problem",
+    "if _BELOW_ZERO // 2 <= label < _BELOW_ZERO:",
+    ("//", "/", "The same number."),
+)
+_explain(
+    "problem",
+    'said = f"{label} or less" if label == -_BELOW_ZERO // 2 else label',
+    ("//", "/", "The same number."),
+)

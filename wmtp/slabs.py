@@ -118,7 +118,8 @@ def forward_held(
 def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
     """The rows that are counted, in ascending order. The others enter no product.
 
-    The one deliberate synchronisation before it; so here labels that do not exist are refused.
+    The one deliberate synchronisation before it; so here labels that do not exist are refused: whether
+    there are any is known by the time the rows are.
     """
     wrong = (problem.target >= problem.vocab).any()
     rows = counted.nonzero().squeeze(1)

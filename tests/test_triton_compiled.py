@@ -44,6 +44,7 @@ KERNELS = {
     "triton_softmax": ("_reduce_columns", "_gradient_over_rows", "_gradient_over_columns"),
     "triton_target_rows": ("_write_hidden", "_add_targets"),
 }
+SLAB_CALLS = tuple(name.removeprefix("_") for name in KERNELS["triton_softmax"])
 FLAGS = (False, True)
 
 
@@ -200,7 +201,8 @@ def test_kernels_compile_and_keep_to_their_registers(
         assert row["STACK"] + row["LOCAL"] <= (MOST_SPILLED if everything else 0), row
         assert everything or row["REG"] <= MOST_REGISTERS, row
         assert row["SHARED"] <= MOST_SHARED, row
-        if case.columns % ALIGNED_COLUMNS == 0:
+        # Rows of a slab are aligned whatever the vocabulary, those of hidden states are as they are given.
+        if case.columns % ALIGNED_COLUMNS == 0 or (case.call in SLAB_CALLS and case.columns > 1):
             assert row["vector_loads"] >= 1, row
             assert row["vector_stores"] >= (case.call != "reduce_columns"), row
 

@@ -557,15 +557,39 @@ def test_no_rows_launch_nothing(
     assert found.shape == (0,)
 
 
-def test_nothing_is_written_between_the_rows(device: str) -> None:
-    slab = numbers(2, 3, 20, torch.bfloat16, device, 27)
-    gaps = slab.as_strided((2, 7), (27, 1), 20)
+@pytest.mark.parametrize(("apart", "own"), [(27, 20), (31, 20), (32, 32), (40, 20), (48, 32)])
+def test_nothing_is_written_between_the_rows(device: str, apart: int, own: int) -> None:
+    """But to the next multiple of 16 columns, if every row starts at one; whatever is there."""
+    slab = numbers(2, 3, 20, torch.bfloat16, device, apart)
+    gaps = slab.as_strided((2, apart - own), (apart, 1), own)
     wanted, factor = targets(2, 3, 0, 20, device), factors(2, 3, device)
     lse = slab.double().logsumexp(1).float()
     kernels.gradient_over_columns(slab, wanted, lse, 0 * lse, factor, 0.1, 0.1, 2.0, 20)
     kernels.gradient_over_rows(slab, wanted, 0.1, 0.1, 2.0, "el2n", 2.0, True)
     assert bool(gaps.isnan().all())
     assert bool(slab.isfinite().all())
+
+
+@pytest.mark.parametrize("cols", [1, 15, 16, 17, 300])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_what_lies_between_aligned_rows_changes_no_number(
+    device: str, cols: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
+    wanted, factor = targets(2, 5, -2, cols, device), factors(2, 5, device)
+    found: list[list[Tensor]] = []
+    for apart in (cols, cols + -cols % 16):
+        slab = numbers(2, 5, cols, torch.float32, device, apart)
+        made = [*kernels.reduce_columns(slab, wanted, softcap, True, True)]
+        copy, lse = slab.clone(), made[0] + made[1]
+        known = wanted, lse, 0 * lse, factor
+        made += [kernels.gradient_over_columns(slab, *known, 0.1, 0.1, softcap, cols), slab]
+        rest = 0.1, 0.1, softcap, "entropy", 0.5, True
+        copy = copy if apart == cols else torch.full((5, apart), math.nan)[:, :cols].copy_(copy)
+        made += [*kernels.gradient_over_rows(copy, wanted.clamp(min=0), *rest), copy]
+        found.append(made)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_the_kernels_would_misread_is_refused(device: str) -> None:

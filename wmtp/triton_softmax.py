@@ -6,7 +6,9 @@ once for what is known of its rows, and once more and written for its gradient.
 
 What all kernels share:
 
-* The slab is ``[rows cols]`` with columns side by side; rows may lie further apart than ``cols``.
+* The slab is ``[rows cols]`` with columns side by side; rows may lie further apart than ``cols``. If they
+  start at multiples of 16 columns, what is between a row and the next multiple is its own, to be written
+  anything to: loads and stores are of vectors then, whatever ``cols`` is.
   Offsets of rows are 64-bit, because a slab may hold more than 2³¹ logits.
 * All arithmetic is in float32. Sums are kept per lane of a block and added up at the end of a row, so
   that a block costs one reduction, that of its maximum. Nothing is atomic: results are reproducible.
@@ -35,6 +37,8 @@ from torch import Tensor
 _LARGEST_BLOCK = 4096
 _SMALLEST_BLOCK = 128
 _LANES_PER_WARP = 512
+# Rows that start at multiples of so many columns own what is between them up to the next.
+_VECTOR = 16
 _WEIGHTINGS = ("none", "dft", "focal", "entropy", "el2n")
 
 
@@ -57,7 +61,7 @@ def reduce_columns(
         stands elsewhere), the largest logit and the first column it stands in (both leave NaN out), the
         sum. All are of the soft-capped logits.
     """
-    rows, cols = _checked(logits)
+    rows, cols, width = _checked(logits)
     base, log_sum, chosen = (_numbers(logits, rows) for _ in range(3))
     best = _numbers(logits, rows if with_best else 0)
     best_at = torch.empty_like(best, dtype=torch.int64)
@@ -69,6 +73,7 @@ def reduce_columns(
                 logits,
                 logits.stride(0),
                 cols,
+                width,
                 wanted.contiguous(),
                 base,
                 log_sum,
@@ -80,6 +85,7 @@ def reduce_columns(
                 has_softcap=softcap > 0,
                 with_best=with_best,
                 with_sum=with_sum,
+                has_gap=width > cols,
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
@@ -118,7 +124,7 @@ def gradient_over_rows(
         logits less that, whether the target is the first most probable token (false if not asked for;
         false where a logit is NaN), weight, and the target's entry of the gradient.
     """
-    rows, cols = _checked(logits)
+    rows, cols, width = _checked(logits)
     if weighting not in _WEIGHTINGS:
         raise ValueError(f"weighting must be one of {_WEIGHTINGS}, got {weighting!r}")
     if power == 0:  # also where the base is 0
@@ -132,6 +138,7 @@ def gradient_over_rows(
                 logits,
                 logits.stride(0),
                 cols,
+                width,
                 wanted.contiguous(),
                 loss,
                 ce,
@@ -154,6 +161,7 @@ def gradient_over_rows(
                 weighting=weighting,
                 has_power=power != 1,
                 with_correct=with_correct,
+                has_gap=width > cols,
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
@@ -193,7 +201,7 @@ def gradient_over_columns(
     Returns:
         ``[rows]`` float32, the target's entry of the gradient, 0 where the target stands elsewhere.
     """
-    _, cols = _checked(logits)
+    _, cols, width = _checked(logits)
     rows = len(wanted)
     at_target = torch.zeros(rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -203,6 +211,7 @@ def gradient_over_columns(
                 logits,
                 logits.stride(0),
                 cols,
+                width,
                 None if source is None else source.contiguous(),
                 wanted.contiguous(),
                 base.contiguous(),
@@ -217,20 +226,26 @@ def gradient_over_columns(
                 has_z_loss=z_loss != 0,
                 has_softcap=softcap > 0,
                 has_source=source is not None,
+                has_gap=width > cols,
                 block=block,
                 num_warps=warps,  # pyright: ignore[reportCallIssue]
             )
     return at_target
 
 
-def _checked(logits: Tensor) -> tuple[int, int]:
-    """Rows and columns of a slab, refused if the kernels would misread it."""
+def _checked(logits: Tensor) -> tuple[int, int, int]:
+    """Rows, columns and width of a slab, refused if the kernels would misread it.
+
+    The width is how many columns are read and written, where rows own more than they have: as a multiple
+    of 16, for else every access would be of a single logit, in the last block and in all others.
+    """
     rows, cols = logits.shape
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if cols > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits must have its columns side by side, got {logits.stride()}")
-    return rows, cols
+    apart, width = logits.stride(0), cols + -cols % _VECTOR
+    return rows, cols, width if apart >= width and apart % _VECTOR == 0 else cols
 
 
 def _numbers(like: Tensor, size: int) -> Tensor:
@@ -251,6 +266,7 @@ def _reduce_columns(
     logits,
     stride,
     cols,
+    width,
     wanted,
     base_out,
     log_sum,
@@ -262,6 +278,7 @@ def _reduce_columns(
     has_softcap: tl.constexpr,
     with_best: tl.constexpr,
     with_sum: tl.constexpr,
+    has_gap: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row."""
@@ -279,7 +296,7 @@ def _reduce_columns(
     done = 0
     while done * block < cols:
         column = done * block + lanes
-        z, _ = _scores(line, column, cols, softcap, has_softcap)
+        z, _ = _scores(line, column, cols, width, softcap, has_softcap, has_gap)
         higher = tl.maximum(peak, tl.max(z, 0))
         base = _finite(higher)
         mass = mass * tl.exp(peak - base) + tl.exp(z - base)
@@ -312,6 +329,7 @@ def _gradient_over_rows(
     logits,
     stride,
     cols,
+    width,
     wanted,
     loss,
     ce,
@@ -334,6 +352,7 @@ def _gradient_over_rows(
     weighting: tl.constexpr,
     has_power: tl.constexpr,
     with_correct: tl.constexpr,
+    has_gap: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row, two walks over it.
@@ -362,7 +381,7 @@ def _gradient_over_rows(
     done = 0
     while done * block < cols:
         column = done * block + lanes
-        z, _ = _scores(line, column, cols, softcap, has_softcap)
+        z, _ = _scores(line, column, cols, width, softcap, has_softcap, has_gap)
         higher = tl.maximum(peak, tl.max(z, 0))
         base = _finite(higher)
         kept = tl.exp(peak - base)
@@ -432,7 +451,7 @@ def _gradient_over_rows(
         # From the end, which was read last and is the most likely to be still in a cache.
         done -= 1
         column = done * block + lanes
-        z, slope = _scores(line, column, cols, softcap, has_softcap)
+        z, slope = _scores(line, column, cols, width, softcap, has_softcap, has_gap)
         if with_correct:
             below = tl.where(column < target, z < z_target, z <= z_target)
             first = tl.where(below, first, 0)
@@ -441,7 +460,7 @@ def _gradient_over_rows(
             g -= smoothing_per_column
         if has_softcap:
             g *= slope
-        tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
+        tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < width)
     if with_correct:  # pragma: no branch (the interpreter's copy ends elsewhere)
         tl.store(correct + row, tl.min(first, 0).to(tl.uint8))
 
@@ -451,6 +470,7 @@ def _gradient_over_columns(
     logits,
     stride,
     cols,
+    width,
     source,
     wanted,
     base,
@@ -465,6 +485,7 @@ def _gradient_over_columns(
     has_z_loss: tl.constexpr,
     has_softcap: tl.constexpr,
     has_source: tl.constexpr,
+    has_gap: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row and block of columns; whichever holds the target writes its entry."""
@@ -485,13 +506,13 @@ def _gradient_over_columns(
     pull = scale
     if has_z_loss:
         pull *= 1 + 2 * z_loss * row_lse
-    z, slope = _scores(read, column, cols, softcap, has_softcap)
+    z, slope = _scores(read, column, cols, width, softcap, has_softcap, has_gap)
     g = tl.exp((z - row_base) - row_sum) * pull
     if has_smoothing:
         g -= scale * smoothing_per_column
     if has_softcap:
         g *= slope
-    tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < cols)
+    tl.store(line + column, tl.where(column == target, 0.0, g), mask=column < width)
     if inside:  # pragma: no branch (as above)
         # Taken from the block, not loaded again: another warp may have written there already.
         z_target = tl.sum(tl.where(column == target, z, 0.0), 0)
@@ -516,13 +537,12 @@ def _offset(row, stride):
 
 
 @triton.jit
-def _scores(line, column, cols, softcap, has_softcap: tl.constexpr):
+def _scores(line, column, cols, width, softcap, has_softcap: tl.constexpr, has_gap: tl.constexpr):
     """A block of the soft-capped logits, −inf behind the last column, and the softcap's slope."""
-    inside = column < cols
-    raw = tl.load(line + column, mask=inside, other=-float("inf")).to(tl.float32)
+    raw = tl.load(line + column, mask=column < width, other=-float("inf")).to(tl.float32)
     z, slope = _capped(raw, softcap, has_softcap)  # pyright: ignore[reportGeneralTypeIssues]
-    if has_softcap:  # it would make something finite of the −inf
-        z = tl.where(inside, z, -float("inf"))
+    if has_softcap or has_gap:  # a softcap would make something finite of the −inf
+        z = tl.where(column < cols, z, -float("inf"))
     return z, slope
 
 

@@ -69,13 +69,17 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # [n dim], [vocab dim], 
 
 
 class Contender(NamedTuple):
-    """A loss, the distribution it comes from, where it runs, which cases it can express."""
+    """A loss, the distribution it comes from, where it runs, which cases it can express.
+
+    ``also``: the same loss by other routes, which are checked but not timed.
+    """
 
     loss: Loss
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
     cases: tuple[str, ...] = tuple(CASES)
     weighted: bool = True  # if not, one unweighted mean: less than is asked, and checked as that
+    also: tuple[Loss, ...] = ()
 
 
 def make_inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -232,9 +236,14 @@ _UNWEIGHTED = ("all", "half masked", "evaluation")
 _LIGER, _CUT, _QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
 # What the second entry of wmtp may hold beside gradients: the memory of the leanest peers.
 LEAN_BYTES = 3 * 2**30 // 10
+# At the size of the check the default holds all logits on a GPU. A part of them, in the memory of the
+# gradient too; and sums and guesses in the forward pass instead.
+CHECKED_BYTES = 8 * 2**20, 24 * 2**20
 
 CONTENDERS = {
-    "wmtp": Contender(of_wmtp, "wmtp"),
+    "wmtp": Contender(
+        of_wmtp, "wmtp", also=tuple(partial(of_wmtp, slab_bytes=size) for size in CHECKED_BYTES)
+    ),
     "wmtp, 0.3 GiB": Contender(partial(of_wmtp, slab_bytes=LEAN_BYTES), "wmtp", devices=("cuda",)),
     "wmtp, compiled": Contender(of_wmtp_compiled, "wmtp", devices=("cuda",)),
     "dense": Contender(weighing(dense)),
@@ -321,9 +330,9 @@ def errors(name: str, truth: Truth) -> list[float]:
     contender = CONTENDERS[name]
     expected = truth.answers[contender.weighted]
     worst = [0.0, 0.0, 0.0]
-    for upstream in (1.0, 0.37):
+    for form, upstream in itertools.product((contender.loss, *contender.also), (1.0, 0.37)):
         with torch.set_grad_enabled(truth.case.gradients):
-            loss = contender.loss(truth.x, truth.case)
+            loss = form(truth.x, truth.case)
         got = [loss.detach()]
         if truth.case.gradients:
             of = torch.autograd.grad(loss * upstream, (truth.x.hidden, truth.x.unembedding))

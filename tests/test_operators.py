@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import leaf
+from tests.helpers import OnGpu, leaf
 from tests.strategies import integers, normal
 from wmtp import (
     group_advantages,
@@ -213,3 +213,30 @@ def test_scores_have_finite_gradients_at_the_edges() -> None:
     group_advantages(rewards, torch.tensor([7, 7, 8])).square().sum().backward()
     assert rewards.grad is not None
     assert rewards.grad.isfinite().all()
+
+
+class Unlooked(OnGpu):
+    """One that nobody waits for."""
+
+    def __bool__(self) -> bool:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("number", [1.0, 0.3])
+def test_what_a_gpu_must_round_is_scaled_without_a_look_at_the_scale(number: float) -> None:
+    wide = [normal(0, 7, 3).float(), normal(1, 5, 3).float(), normal(2, 0).float()]
+    scale = torch.tensor(number)
+    wanted = [(part * number).bfloat16() for part in wide]
+    for there in (scale, scale.as_subclass(Unlooked)):
+        found = operators._scale_(there, torch.bfloat16, wide)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype == torch.bfloat16
+            assert torch.equal(one, other)
+    # What need not be rounded is left alone where the scale is 1, and that must be known.
+    with pytest.raises(AssertionError):
+        operators._scale_(scale.as_subclass(Unlooked), torch.float32, wide)
+    made = [part.clone() for part in wide]
+    for one, other in zip(operators._scale_(scale, torch.float32, made), made, strict=True):
+        assert one is other
+    for one, other in zip(made, wide, strict=True):
+        assert torch.equal(one, other * number)

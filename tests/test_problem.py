@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.helpers import OnGpu
+from wmtp.cross_entropy import Objective
+from wmtp.linear_cross_entropy import linear_problem
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget, targets_of
 from wmtp.slab_layout import gradient_dtype, held_layout, most_lent, most_rows
 from wmtp.slabs import can_hold, holds_better
@@ -108,6 +110,13 @@ def test_the_default_of_a_gpu_holds_twice_as_many_rows_as_the_hidden_size(
     asked, needs = on_gpu(rows, None), [True, True, False]
     on_cpu = slab_budget(None, asked.hidden.as_subclass(torch.Tensor), asked.unembedding)
     assert asked.slab_bytes - on_cpu == rows * 4096 * (2 + 4)
+    # Of all heads, and as the losses ask for it.
+    labels = torch.zeros(2, rows // 8, dtype=torch.long)
+    whole = linear_problem(
+        asked.hidden.view(2, rows // 8, 4, 4096), asked.unembedding, labels, None, None, -100,
+        Objective(), None,
+    )  # fmt: skip
+    assert whole[0].slab_bytes == asked.slab_bytes
     assert least <= held_layout(asked, rows, needs).share <= most
     assert can_hold(asked, needs)
     # Sums in the forward pass are faster than to make more than a quarter anew.

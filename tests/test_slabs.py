@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from tests.helpers import OnGpu, leaf, operations
-from tests.loss_forms import held_logits
+from tests.helpers import OnGpu, leaf, operations, peak_bytes
+from tests.loss_forms import held_logits, layout_of_all
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import (
     linear_mtp_ce_loss,
@@ -771,7 +771,9 @@ def test_kept_slabs_are_those_that_were_made(
     )._replace(hidden=torch.empty(rows, dim).double())
     lent = slab_layout.most_lent(asked, rows, columns, own)
     layout = slab_layout.HeldLayout(columns, own, lent, slabs)
-    held = slab_layout.held_for(asked, torch.arange(rows), layout)
+    held = slab_layout.held_for(
+        asked, torch.arange(rows), rows + data.draw(st.integers(0, 3)), layout
+    )
     # A hook for saved tensors may give memory that starts anywhere.
     behind = data.draw(st.integers(0, 40))
     held = held._replace(lent=torch.empty(behind + len(held.lent)).double()[behind:])
@@ -790,6 +792,56 @@ def test_kept_slabs_are_those_that_were_made(
             if lent:
                 held.lent.view(vocab, dim)[part] = -1.0
             assert torch.equal(slab, torch.full_like(slab, number))
+
+
+@pytest.mark.parametrize(
+    ("count", "room"), [(80, 80), (71, 80), (70, 70), (61, 70), (1, 10), (0, 0)]
+)
+@pytest.mark.parametrize("all_count", [True, False])
+def test_what_is_kept_has_few_sizes_however_many_rows_there_are(
+    count: int, room: int, all_count: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator that keeps what is freed has the memory of the last batch for the next."""
+    told: list[tuple[int, bool]] = []
+
+    def layout(asked: Any, rows: int, needs: object, all_count: bool) -> Any:
+        told.append((rows, all_count))
+        return layout_of_all(asked, rows, [True, True], all_count)
+
+    monkeypatch.setattr(slabs, "held_layout", layout)
+    target = torch.where(torch.randperm(80, generator=torch.Generator()) < count, 1, -1)
+    asked = problem(normal(0, 80, DIM), normal(1, 50, DIM), target)
+    _, held = forward_held(asked, [True, True, False], False, all_count)
+    assert len(held.own) == room * 50
+    # Hidden states are copied where some rows have no target.
+    assert told == [(room, all_count and count == 80)]
+
+
+def test_no_row_at_all_is_no_label_that_does_not_exist() -> None:
+    asked = problem(normal(0, 0, DIM), normal(1, 50, DIM), integers(2, 50, 0))
+    found, held = forward_held(asked, [True, True, False], False, True)
+    assert len(found.loss) == len(held.own) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_sums_the_gradient_of_a_bias_without_a_wide_copy(dtype: torch.dtype) -> None:
+    asked = problem(normal(0, ROWS, DIM), normal(1, 333, DIM), integers(2, 333, ROWS))
+    logits = normal(3, ROWS, 333).to(dtype)
+    total = normal(4, 333).float()
+    wanted = total + logits.double().sum(0).float()
+    for there in (logits, logits.as_subclass(OnGpu)):
+        found = total.clone()
+        slabs._add_to_bias(asked, found, there, None)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_float16_unit_is_found_without_a_copy() -> None:
+    weight, factor = normal(0, 4096, 64).half(), torch.full((10,), 1e-6)
+    negative, unit = -200 * weight.abs(), []
+    peak = peak_bytes(lambda: unit.append(slabs._unit(factor, weight, negative)))
+    assert peak < 2 * weight.numel()
+    # The largest number is taken by its size.
+    assert slabs._unit(factor, -negative) == unit[0] > slabs._unit(factor, weight)
 
 
 @pytest.mark.parametrize(("kept", "of"), [(1, 1), (3, 5), (4, 5), (5, 5)])

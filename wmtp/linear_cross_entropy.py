@@ -73,8 +73,8 @@ def linear_mtp_ce_loss(
             can be made in the forward pass in less time, what fits in it and in the memory of the
             unembedding's gradient, which every call then takes at once and not in its backward pass.
             If the graph is kept for another they are made anew, in memory of their own. Where logits
-            are made anew, copies of the hidden states that count come on top on a CPU: as they are and
-            scaled, and their gradient in float32.
+            are made anew, copies of the hidden states that count come on top: as they are and, on a
+            CPU, scaled, and their gradient in float32; on CUDA what these take beyond three quarters of it.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to
@@ -213,7 +213,7 @@ def linear_problem(
     _checks.same_dtype(hidden=hidden, unembedding=unembedding, bias=bias)
     rows = rearrange(hidden, "batch seq heads dim -> (batch seq heads) dim")
     target = rearrange(targets_of(targets, valid), "batch seq heads -> (batch seq heads)")
-    budget = slab_budget(slab_bytes, hidden, unembedding)
+    budget = slab_budget(slab_bytes, rows, unembedding)
     return Problem(rows, unembedding, bias, target, *objective.numbers, budget), valid
 
 

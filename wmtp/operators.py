@@ -500,14 +500,16 @@ def _scaled(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> t
 
 def _scale_(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The same in place if the dtype is right, and by parts: no temporary of a gradient's size."""
-    as_they_are = bool(scale == 1)
+    # What a GPU must round it multiplies on the way; to look would be to wait for it.
+    look = not scale.is_cuda or any(gradient.dtype == dtype for gradient in gradients)
+    as_they_are = look and bool(scale == 1)
     found: list[Tensor] = []
     for gradient in gradients:
         right = gradient.dtype == dtype
         out = gradient if right else torch.empty_like(gradient, dtype=dtype)
         for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):
-            part = gradient[start : start + _PART_ROWS]
-            out[start : start + _PART_ROWS] = part if as_they_are else part * scale[None]
+            part, into = (some[start : start + _PART_ROWS] for some in (gradient, out))
+            into.copy_(part) if as_they_are else torch.mul(part, scale[None], out=into)
         found.append(out)
     return tuple(found)
 

@@ -204,10 +204,10 @@ class Held(NamedTuple):
     layout: HeldLayout
 
 
-def held_for(problem: Problem, rows: Tensor, layout: HeldLayout) -> Held:
-    """Memory for the logits of some rows."""
+def held_for(problem: Problem, rows: Tensor, room: int, layout: HeldLayout) -> Held:
+    """Memory for the logits of some rows, by the layout for as many or more, ``room``."""
     x = problem.hidden
-    own = x.new_empty(layout.own * len(rows) * row_stride(problem, layout.columns))
+    own = x.new_empty(layout.own * room * row_stride(problem, layout.columns))
     return Held(rows, own, x.new_empty(problem.unembedding.numel() if layout.lent else 0), layout)
 
 

@@ -66,6 +66,8 @@ _SHARE_WORTHWHILE = 0.75
 _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
+# For how many different numbers of rows there is memory that is kept until the backward pass.
+_SIZES = 8
 
 
 # From the cross entropy of the rows that have been seen, and which these are, what they will count.
@@ -110,7 +112,11 @@ def forward_held(
     ``all_count``: no row with a target will have an upstream gradient of 0, unless all have.
     """
     active = _rows_of(problem, problem.target >= 0)
-    held = held_for(problem, active, held_layout(problem, len(active), needs, all_count))
+    every = len(problem.hidden)
+    # With room for a few rows more, so that most batches ask for memory of a size that there is already.
+    room = min(every, len(active) + -len(active) % max(1, -(-every // _SIZES)))
+    layout = held_layout(problem, room, needs, all_count and len(active) == every)
+    held = held_for(problem, active, room, layout)
     size = len(active), held.layout.columns
     return _found_in_columns(problem, with_correct, active, held.own, *size, held), held
 
@@ -121,9 +127,10 @@ def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
     The one deliberate synchronisation before it; so here labels that do not exist are refused: whether
     there are any is known by the time the rows are.
     """
-    wrong = (problem.target >= problem.vocab).any()
+    # On its way before the wait for the number of rows, which is for both. Of no rows there may be none.
+    wrong = (problem.target >= problem.vocab).any().to("cpu", non_blocking=True)
     rows = counted.nonzero().squeeze(1)
-    if wrong:
+    if len(counted) and wrong:
         raise problem.label_outside()
     return rows
 
@@ -221,7 +228,7 @@ def forward_backward_rows(
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     hidden, weight = problem.hidden, problem.unembedding
     factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
-    if dtype != problem.wide:
+    if dtype == torch.float16:
         unit = _unit(factor[active], hidden[active], weight)
         factor = factor / unit
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
@@ -462,7 +469,7 @@ def _summed_over_columns(
             if needs[1]:
                 add_product(total, logits.T, rescaled[block], scratch, fresh=block.start == 0)
             if needs[2]:
-                _add_to_bias(problem, of_bias[part], logits, scale[block])
+                _add_to_bias(problem, of_bias[part], logits, None if left is None else left[block])
         if needs[1] and sum_dtype != of_weight.dtype:
             of_weight[part] = total
     del cells, scratch, rescaled
@@ -609,7 +616,10 @@ def _unit(factor: Tensor, *operands: Tensor) -> Tensor:
     largest = unit
     for operand in operands:
         if operand.numel():
-            largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))
+            # Not `abs().amax()`, which holds another operand.
+            least, most = operand.aminmax()
+            operand_size = torch.maximum(-least, most).to(unit.dtype)
+            largest = torch.maximum(largest, operand_size.nan_to_num(1.0))
     total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)
     return torch.where(total > 0, torch.exp2(torch.floor(torch.log2(total))), unit)
 
@@ -620,8 +630,12 @@ def _unfilled(like: Tensor, shape: Sequence[int], dtype: torch.dtype, active: Te
     return fill(shape, dtype=dtype)
 
 
-def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor) -> None:
-    """``total += scale @ logits``, by parts that are widened first."""
+def _add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor | None) -> None:
+    """``total += scale @ logits``, by parts that are widened first; a GPU widens what it sums itself."""
+    if scale is None and logits.is_cuda:
+        total += logits.sum(0, dtype=total.dtype)
+        return
+    scale = total.new_ones(len(logits)) if scale is None else scale
     size = logits.shape[1] * total.dtype.itemsize
     for part in parts(len(logits), problem.slab_bytes // 32 // size):
         total.addmv_(logits[part].to(total.dtype).T, scale[part])

@@ -826,13 +826,18 @@ def test_no_row_at_all_is_no_label_that_does_not_exist() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_sums_the_gradient_of_a_bias_without_a_wide_copy(dtype: torch.dtype) -> None:
     asked = problem(normal(0, ROWS, DIM), normal(1, 333, DIM), integers(2, 333, ROWS))
-    logits = normal(3, ROWS, 333).to(dtype)
-    total = normal(4, 333).float()
-    wanted = total + logits.double().sum(0).float()
-    for there in (logits, logits.as_subclass(OnGpu)):
-        found = total.clone()
-        slabs._add_to_bias(asked, found, there, None)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    logits, total = normal(3, ROWS, 333).to(dtype), normal(4, 333).float()
+    for scale in (None, normal(5, ROWS).float()):
+        factor = 1.0 if scale is None else scale.double().unsqueeze(1)
+        wanted = total + (factor * logits.double()).sum(0).float()
+        for there in (logits, logits.as_subclass(OnGpu)):
+            found = total.clone()
+            slabs._add_to_bias(asked, found, there, scale)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    if dtype == torch.bfloat16:
+        # Without a scale nothing is widened by parts.
+        with mock.patch.object(slabs, "parts", side_effect=AssertionError):
+            slabs._add_to_bias(asked, total, logits.as_subclass(OnGpu), None)
 
 
 def test_a_float16_unit_is_found_without_a_copy() -> None:

@@ -854,6 +854,30 @@ _explain(
 )
 _explain(
     "slabs",
+    "room = min(every, len(active) + -len(active) % max(1, -(-every // _SIZES)))",
+    ("max(1", "max(2", _ROOM),
+)
+_LINE = 'wrong = (problem.target >= problem.vocab).any().to("cpu", non_blocking=True)'
+_WAIT = "Where it is and whether it is waited for; there is no other device without a GPU."
+_explain(
+    "slabs",
+    _LINE,
+    ('"cpu", non_blocking=True', "non_blocking=True", _WAIT),
+    ("non_blocking=True", "", _WAIT),
+    ("True", "False", _WAIT),
+)
+_explain(
+    "slabs",
+    "largest = torch.maximum(largest, operand_size.nan_to_num(1.0))",
+    ("1.0", "2.0", "What NaN counts, whose gradient is NaN whatever the unit."),
+)
+_explain(
+    "slabs",
+    "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
+    ("32", "33", _CUT),
+)
+_explain(
+    "slabs",
     "grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor",
     ("+", "-", "How near to the largest float16 a product may come."),
 )

@@ -32,6 +32,10 @@ SPLITS = {
 }
 
 
+# Of the second rank; the first guesses what is selected.
+ROUTES = ["guessed", "late"]
+
+
 def valid_for(split: str, *shape: int) -> Tensor:
     valid = mask(1, 0.7, *shape)
     if split == "a rank without valid tokens":
@@ -154,6 +158,25 @@ def selected(split: str, rows: slice, group: Any) -> Tensor:
     return torch.cat([loss.detach().view(1), gradient.flatten(), torch.tensor(corrected)])
 
 
+def by_route(split: str, rows: slice, group: Any, route: str) -> Tensor:
+    """The same loss and gradient, also where losses come first and nothing is guessed."""
+    hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], leaf(normal(13, 6, 3))
+    targets = integers(14, 6, ROWS, SEQ, HEADS)
+    targets = targets.masked_fill(~valid_for(split, ROWS, SEQ, HEADS), IGNORE)[rows]
+    reference = 2 * uniform(16, ROWS, SEQ, HEADS)[rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if route == "late":
+            patch.setattr("wmtp.loss.counts_late", lambda _: True)
+        loss = wmtp.linear_weighted_mtp_loss(
+            hidden, unembedding, targets,
+            partial(wmtp.rho1_weights, reference_nll=reference, keep=0.5, group=group),
+            normalizer=17, head_weights=[1.0, 0.3],
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, unembedding)
+    return torch.cat([loss.detach().view(1), gradient.flatten()])
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -174,6 +197,9 @@ def worker(rank: int, folder: str) -> None:
             found[split, "alone"] = by_themselves(split, rows, alone)
             found[split, "shares"] = shares(rows)
             found[split, "selected"] = selected(split, rows, group)
+            for route in ROUTES:
+                own = route if rank else "guessed"
+                found[split, route] = by_route(split, rows, group, own)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -230,6 +256,16 @@ def test_a_selection_over_ranks_is_guessed_by_each_alone(
     # A factor that only ranks together know would have made every kept row a wrong guess.
     kept = int(valid_for(split, ROWS, SEQ, HEADS).sum()) / 2
     assert sum(int(x[-1]) for x in found) < kept / 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_rank_may_take_its_own_route(
+    ranks: list[dict[tuple[str, str], Tensor]], split: str, route: str
+) -> None:
+    """Which depends on its own sizes: all ask one another equally often, or they would wait for ever."""
+    together = ranks[0][split, route] + ranks[1][split, route]
+    close(together, by_route(split, slice(None), None, "guessed"))
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.helpers import (
@@ -19,6 +21,7 @@ from tests.helpers import (
     close,
     grads,
     leaf,
+    operations,
 )
 from tests.loss_forms import (
     FORMS,
@@ -52,6 +55,7 @@ from tests.strategies import (
 from wmtp import (
     MTPLossStats,
     RowLocalWeights,
+    align_to_heads,
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
     mtp_ce_loss,
@@ -60,6 +64,7 @@ from wmtp import (
     weighted_mean,
     weighted_mtp_loss,
 )
+from wmtp.loss import _count
 
 
 # -------------------------------------------------------------------------------- against the oracle
@@ -231,6 +236,43 @@ def test_the_normalizer_may_be_a_tensor(form: str) -> None:
     expected = apply(form, tensors, case.labels, normalizer=8)
     for normalizer in (8.0, torch.tensor(8), torch.tensor(8.0)):
         assert torch.equal(apply(form, tensors, case.labels, normalizer=normalizer), expected)
+
+
+@pytest.mark.parametrize("form", ["linear", "held"])
+def test_what_counts_nothing_enters_no_product_whatever_the_normalizer(form: str) -> None:
+    case = Batch(2, 16, 2, 60, 3, None, integers(0, 60, 2, 16), 1)
+    tensors, weights = leaves_of(case, form), uniform(2, 2, 16).round()
+    targets = mtp_targets(case.labels, 2)
+
+    def cost(normalizer: Any) -> int:
+        return operations(
+            lambda: apply(form, tensors, targets, weights, normalizer=normalizer).backward()
+        )
+
+    rows = int(((align_to_heads(weights, 2) > 0) & (targets >= 0)).sum())
+    for normalizer in ("weights", 8.0, torch.tensor(8), torch.tensor(8.0)):
+        # Blocks may be filled up to a multiple of 16 rows.
+        assert rows <= cost(normalizer) / (3 * 2 * 60 * 3) <= rows + -rows % 16
+
+
+def test_a_count_on_the_host_goes_to_a_device_without_a_copy_that_is_waited_for() -> None:
+    mode, seen = FakeTensorMode(allow_non_fake_inputs=True), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if any(isinstance(x, Tensor) and x.device.type == "cpu" for x in args):
+                seen.append((str(func), out.device.type))
+            return out
+
+    like = FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cuda"))
+    with mode, Watch():
+        found = _count(torch.tensor(7), like)
+    assert found.device.type == "cuda"
+    assert found.dtype == torch.float32
+    assert [name for name, device in seen if device == "cuda"] == ["aten.mul.Tensor"]
 
 
 @FORMS

@@ -21,7 +21,7 @@ from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict, wide
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.methods import early_rho1
+from wmtp.methods import asks_ranks, early_rho1
 from wmtp.operators import counts_late
 from wmtp.problem import Problem
 from wmtp.row_local import (
@@ -400,7 +400,13 @@ def _weigh_linear(
     products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
     Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
-    if counts_late(problem) and not needs_whole_rows(weights):
+    late = counts_late(problem) and not needs_whole_rows(weights)
+    early = None
+    # An operator cannot call back into what a compiler traces, and where losses come first nothing is
+    # guessed; but each rank chooses that by its own sizes, and all must ask one another equally often.
+    if not torch.compiler.is_compiling() and (asks_ranks(weights) or not late):
+        early = early_rho1(weights, valid, problem.wide)
+    if late:
         return _weigh_late(
             problem, valid, weights, offsets, head_weights, normalizer, with_stats=with_stats
         )
@@ -420,7 +426,7 @@ def _weigh_linear(
             loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
         return loss, used, found
     if callable(weights):
-        guess = _guess(weights, valid, head_weights, normalizer, problem.wide)
+        guess = None if early is None else _guess(*early, valid, head_weights, normalizer)
         found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
@@ -446,13 +452,14 @@ def _weigh_late(
     count = None
     if isinstance(weights, Tensor | None):
         weights = _align_weights(weights, valid, offsets)
-        # By a denominator that may be 0 it is not known that anything counts.
-        may_be_0 = isinstance(normalizer, Tensor) or normalizer == 0
-        if not (with_stats or may_be_0):
+        if not with_stats:
             count = _counted(weights, valid, head_weights, problem.wide)
     if count is not None:
         problem = problem.only(count.flatten())
-    found = linear_predict(problem, valid, with_correct=with_stats, all_count=count is not None)
+    # By a denominator that may be 0 it is not known that any of these counts.
+    may_be_0 = isinstance(normalizer, Tensor) or normalizer == 0
+    all_count = count is not None and not may_be_0
+    found = linear_predict(problem, valid, with_correct=with_stats, all_count=all_count)
     if isinstance(weights, RowLocalWeights):
         weights = weights_from_ce(weights, found.ce)
     return *_weigh(found, weights, offsets, head_weights, normalizer), found
@@ -473,25 +480,19 @@ def _counted(
 
 
 def _guess(
-    weights: WeightFunction,
+    select: Callable[[Tensor, Tensor], Tensor],
+    kept: Tensor,
     valid: Tensor,
     head_weights: HeadWeights,
     normalizer: Normalizer,
-    dtype: torch.dtype,
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """What tells from the cross entropy of some predictions what each will count, or ``None``.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What tells from the cross entropy of some predictions what each will count.
 
     A selection of some is a fair guess of a selection of all; what a kept one counts is known.
     """
-    if torch.compiler.is_compiling():
-        return None  # an operator cannot call back into what is traced
-    early = early_rho1(weights, valid, dtype)
-    if early is None:
-        return None
-    select, kept = early
     # Their mean is one, so that their sum is the count.
     count = "tokens" if normalizer == "weights" else normalizer
-    factors = _factors(kept, valid, head_weights, count, dtype).detach()
+    factors = _factors(kept, valid, head_weights, count, kept.dtype).detach()
 
     def guess(token_ce: Tensor, seen: Tensor) -> Tensor:
         return torch.where(select(token_ce, valid & seen) > 0, factors, 0)
@@ -554,7 +555,9 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
         _checks.shape_is("normalizer", normalizer, (), "")
         if normalizer.device.type != "cpu":  # from there a number goes anywhere, as in torch
             _checks.same_device(normalizer=normalizer, predictions=like)
-        return normalizer.detach().to(like)
+        number = normalizer.detach().to(like.dtype)
+        # A number of the host goes along with an operation on the device; a copy would be waited for.
+        return number if number.device == like.device else like.new_ones(()) * number
     if isinstance(normalizer, str):
         raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
     limits = torch.finfo(like.dtype)

@@ -97,6 +97,11 @@ def rho1_weights(
     return softmax_weights(scores, valid, temperature=temperature, scope=scope, group=group)
 
 
+def asks_ranks(weights: object) -> bool:
+    """Whether these may be a selection over ranks, whose ``early_rho1`` asks the others."""
+    return isinstance(weights, partial) and weights.keywords.get("group") is not None
+
+
 def early_rho1(
     weights: object, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor] | None:

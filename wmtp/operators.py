@@ -441,8 +441,7 @@ class _GuessedRowLossesBackward(_Once):
 def _common_factor(upstream: Tensor, guessed: Tensor) -> Tensor:
     """The upstream gradient over what was guessed of it, for most of the rows that have both, or 1."""
     both = (guessed != 0) & (upstream != 0)
-    ratio = upstream[both] / guessed[both]
-    common = ratio.median() if len(ratio) else upstream.new_ones(())
+    common = torch.where(both, upstream / guessed, torch.nan).nanmedian()
     return torch.where(common.isfinite() & (common != 0), common, 1)
 
 

@@ -238,6 +238,23 @@ def test_the_normalizer_may_be_a_tensor(form: str) -> None:
         assert torch.equal(apply(form, tensors, case.labels, normalizer=normalizer), expected)
 
 
+@FORMS
+@given(seed=SEEDS, cut=st.integers(0, 9))
+def test_shards_of_a_sequence_add_to_the_whole(form: str, seed: int, cut: int) -> None:
+    """If targets and weights were aligned before it was cut."""
+    case = Batch(2, 9, 3, 6, 3, None, integers(seed, 6, 2, 9), seed)
+    tensors, weights = leaves_of(case, form), uniform(seed + 5, 2, 9)
+    targets, aligned = mtp_targets(case.labels, 3), align_to_heads(weights, 3)
+    whole = apply(form, tensors, case.labels, weights, normalizer=7)
+    total = torch.zeros_like(whole)
+    for part in (slice(0, cut), slice(cut, 9)):
+        shard = [tensors[0][:, part], *tensors[1:]]
+        total = total + apply(form, shard, targets[:, part], aligned[:, part], normalizer=7)
+    close(total, whole)
+    for one, other in zip(grads(total, tensors), grads(whole, tensors), strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("form", ["linear", "held"])
 def test_what_counts_nothing_enters_no_product_whatever_the_normalizer(form: str) -> None:
     case = Batch(2, 16, 2, 60, 3, None, integers(0, 60, 2, 16), 1)

@@ -28,7 +28,8 @@ def shuffled_weights(
     Args:
         weights: ``[batch seq]`` or ``[batch seq heads]``.
         valid: same shape.
-        generator: source of randomness, on the device of ``weights``.
+        generator: source of randomness, on the device of ``weights``. Draw outside what is checkpointed:
+            ``torch.utils.checkpoint`` does not restore a generator of yours, and would draw anew.
 
     Returns:
         The shape of ``weights``, float32 or wider, detached, 0 where not valid.
@@ -70,7 +71,8 @@ def random_matched_weights(
     Args:
         weights: ``[batch seq]`` or ``[batch seq heads]``.
         valid: same shape.
-        generator: source of randomness, on the device of ``weights``.
+        generator: source of randomness, on the device of ``weights``. Draw outside what is checkpointed:
+            ``torch.utils.checkpoint`` does not restore a generator of yours, and would draw anew.
 
     Returns:
         The shape of ``weights``, float32 or wider, detached, 0 where not valid.

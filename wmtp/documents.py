@@ -60,7 +60,8 @@ def find_documents(
     Raises:
         ValueError: a description of another shape, ``cu_seqlens`` with a batch of more than one row,
             or (on the CPU) ``cu_seqlens`` that do not rise from 0 to at most ``seq``.
-        RuntimeError: the last on a GPU, from the device, and under ``torch.compile``.
+        RuntimeError: the last under ``torch.compile``, and on a GPU from the device, whose process must
+            start anew then.
     """
     batch, seq = like.shape
     _checks.same_device(

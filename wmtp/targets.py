@@ -82,8 +82,9 @@ def mtp_targets(
     where the label there is ``ignore_index``, where either end of the prediction is padding, or where
     the two ends lie in different documents. Masking only the first label of each packed document, as
     collators do for next-token prediction, would let head ``h`` see ``offsets[h] - 1`` tokens of the
-    next document. Make the targets before sharding a sequence (context parallelism) and every shard
-    has what it needs.
+    next document. Make the targets before sharding a sequence (context parallelism), and so that every
+    shard has what it needs, align with ``align_to_heads`` whatever else goes by token: weights, reference
+    NLL.
 
     Args:
         labels: ``[batch seq]`` int64, *not* shifted: entry ``j`` is token ``x_j`` or ``ignore_index``.
@@ -105,7 +106,8 @@ def mtp_targets(
 
     Raises:
         ValueError: illegal offsets, a document description of another shape, or bad ``cu_seqlens``.
-        RuntimeError: bad ``cu_seqlens`` on a GPU, from the device, and under ``torch.compile``.
+        RuntimeError: bad ``cu_seqlens`` under ``torch.compile``, and on a GPU from the device, whose
+            process must start anew then.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

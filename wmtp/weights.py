@@ -257,7 +257,8 @@ def span_weights(
     Raises:
         ValueError: shapes that do not fit, ``outside`` negative, and on the CPU a span id out of range
             at a valid token.
-        RuntimeError: the last on a GPU, from the device, and under ``torch.compile``.
+        RuntimeError: the last under ``torch.compile``, and on a GPU from the device, whose process must
+            start anew then.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:

@@ -17,13 +17,16 @@ class Trajectories(NamedTuple):
         trained: ``[batch seq]``, the tokens that carry a reward and a gradient.
         continues: ``[batch seq]``, whether token ``t − 1`` stands in the same document as ``t``.
         inner: ``[batch seq]``, whether token ``t + 1`` does.
-        last: ``[batch seq]``, the last trained token of each document.
     """
 
     trained: Bool[Tensor, "batch seq"]
     continues: Bool[Tensor, "batch seq"]
     inner: Bool[Tensor, "batch seq"]
-    last: Bool[Tensor, "batch seq"]
+
+    def last(self) -> Bool[Tensor, "batch seq"]:
+        """``[batch seq]``, the last trained token of each document."""
+        still_to_come = reverse_scan(self.trained.float(), self.inner.float())
+        return self.trained & (still_to_come == 1)
 
 
 def find_trajectories(
@@ -38,9 +41,7 @@ def find_trajectories(
     )
     trained = valid & documents.real
     continues = documents.continues()
-    inner = shift_left(continues)
-    still_to_come = reverse_scan(trained.float(), inner.float())
-    return Trajectories(trained, continues, inner, trained & (still_to_come == 1))
+    return Trajectories(trained, continues, shift_left(continues))
 
 
 def scan_trained(
@@ -50,9 +51,11 @@ def scan_trained(
 
     Untrained tokens in between hand on what they get; the result is 0 at them.
     """
+    own = torch.where(tracks.trained, terms, 0)
+    if decay == 0:
+        return own  # nothing is handed on
     # Filled in the dtype of the terms: a Python number in `where` would be rounded to float32.
     coefficients = torch.ones_like(terms).masked_fill(tracks.trained, decay)
-    own = torch.where(tracks.trained, terms, 0)
     out = reverse_scan(own, coefficients.masked_fill(~tracks.inner, 0))
     return torch.where(tracks.trained, out, 0)
 

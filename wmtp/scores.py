@@ -354,7 +354,7 @@ def _deltas(
     if rewards is not None:
         _checks.same_shape("rewards", rewards, "values", values)
         _checks.same_device(values=values, rewards=rewards)
-        after = torch.where(tracks.last, 0, after)
+        after = torch.where(tracks.last(), 0, after)
         earned = torch.where(tracks.trained, wide(rewards), 0)
     deltas = earned + gamma * after - before
     return torch.where(first, 0, deltas) if initial_value == "first" else deltas

@@ -225,8 +225,8 @@ SCORES = (
         "the last delta is R − V_last, so V_last − V_{last−1} is nobody's",
         "token-advantage code whose terminal rule differs from its GAE",
         "wmtp/scores.py",
-        "after = torch.where(tracks.last, 0, after)",
-        "after, before = (torch.where(tracks.last, x, y) for x, y in ((0, after), (values, before)))",
+        "after = torch.where(tracks.last(), 0, after)",
+        "after, before = (torch.where(tracks.last(), x, y) for x, y in ((0, after), (values, before)))",
         "test_scores.py",
     ),
     _bug(

@@ -803,6 +803,19 @@ _explain(
     (">=", ">", "A slab is moved that need not be: time."),
 )
 
+_LINE = 'z = torch.arange(-38, 39, dtype=torch.float32, device="cpu") / 3'
+_TRIED = "Other numbers by which to see whether a device rounds once."
+_explain(
+    "slab_softmax",
+    _LINE,
+    ("/ 3", "* 3", _TRIED),
+    ("-38", "+38", _TRIED),
+    ("-38", "-39", _TRIED),
+    ("39", "40", _TRIED),
+    ("dtype=torch.float32, device", "device", "The quotient is float32 in either case."),
+    ('device="cpu"', "", _GPU_ONLY),
+)
+
 _LINE = "_BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192"
 _explain("slabs", _LINE, ("4096", "4097", _SPEED), ("8192", "8193", _SPEED))
 _LINE = "block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS"

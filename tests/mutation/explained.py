@@ -137,11 +137,17 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
             "0xFFFFFFFF)"
         ),
     ): "The key of a float32 has 32 bits already.",
+    ("normalize", "_SCALES = 7", "_SCALES = 8"): "Another way to the same bracket.",
     (
         "normalize",
-        "_BISECTIONS = 40",
-        "_BISECTIONS = 41",
-    ): "Halving once more is beyond the precision of what is halved.",
+        "_ROUNDS = {torch.float32: 11, torch.float64: 18}",
+        "_ROUNDS = {torch.float32: 12, torch.float64: 18}",
+    ): "Once more is beyond the precision of what is cut.",
+    (
+        "normalize",
+        "_ROUNDS = {torch.float32: 11, torch.float64: 18}",
+        "_ROUNDS = {torch.float32: 11, torch.float64: 19}",
+    ): "Once more is beyond the precision of what is cut.",
     (
         "normalize",
         "if clip is not None and clip[1] > torch.finfo(raw.dtype).max:",
@@ -524,8 +530,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): _SAME_FIELDS,
     (
         "slabs",
-        "largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(1.0))",
-        "largest = torch.maximum(largest, operand.abs().amax().to(unit.dtype).nan_to_num(2.0))",
+        "largest = torch.maximum(largest, operand_size.nan_to_num(1.0))",
+        "largest = torch.maximum(largest, operand_size.nan_to_num(2.0))",
     ): "What comes of NaN is NaN.",
     (
         "slabs",
@@ -684,8 +690,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Parts copied onto themselves: time.",
     (
         "operators",
-        "out[start : start + _PART_ROWS] = part if as_they_are else part * scale[None]",
-        "out[start : start + _PART_ROWS] = part if (as_they_are) and False else part * scale[None]",
+        "into.copy_(part) if as_they_are else torch.mul(part, scale[None], out=into)",
+        "into.copy_(part) if (as_they_are) and False else torch.mul(part, scale[None], out=into)",
     ): "Times 1: time.",
     (
         "operators",
@@ -803,17 +809,42 @@ _explain(
     (">=", ">", "A slab is moved that need not be: time."),
 )
 
+_LINE = "between = torch.arange(1, _SCALES + 1, dtype=raw.dtype, device=raw.device) / (_SCALES + 1)"
+_BETWEEN = "Which scales are tried in between: how soon the bracket is small."
+_explain(
+    "normalize",
+    _LINE,
+    ("(1,", "(2,", _BETWEEN),
+    ("(1, _SCALES + 1", "(1, _SCALES - 1", _BETWEEN),
+    ("(1, _SCALES + 1", "(1, _SCALES + 2", _BETWEEN),
+    ("(_SCALES + 1)", "(_SCALES + 2)", _BETWEEN),
+    (", device=raw.device", ", ", _GPU_ONLY),
+)
+
 _LINE = 'z = torch.arange(-38, 39, dtype=torch.float32, device="cpu") / 3'
 _TRIED = "Other numbers by which to see whether a device rounds once."
 _explain(
     "slab_softmax",
     _LINE,
     ("/ 3", "* 3", _TRIED),
+    ("/ 3", "/ 4", _TRIED),
     ("-38", "+38", _TRIED),
     ("-38", "-39", _TRIED),
     ("39", "40", _TRIED),
     ("dtype=torch.float32, device", "device", "The quotient is float32 in either case."),
     ('device="cpu"', "", _GPU_ONLY),
+)
+
+_explain(
+    "slab_softmax",
+    "least, most = base.aminmax() if base.numel() else (0.0, 0.0)",
+    ("(0.0,", "(1.0,", "Of no rows."),
+    ("0.0)", "1.0)", "Of no rows."),
+)
+_explain(
+    "slab_softmax",
+    "return float(least) >= -_LARGE and float(most) <= _LARGE",
+    (">=", ">", _THRESHOLD),
 )
 
 _LINE = "_BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192"
@@ -878,11 +909,6 @@ _explain(
     ('"cpu", non_blocking=True', "non_blocking=True", _WAIT),
     ("non_blocking=True", "", _WAIT),
     ("True", "False", _WAIT),
-)
-_explain(
-    "slabs",
-    "largest = torch.maximum(largest, operand_size.nan_to_num(1.0))",
-    ("1.0", "2.0", "What NaN counts, whose gradient is NaN whatever the unit."),
 )
 _explain(
     "slabs",

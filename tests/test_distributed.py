@@ -32,10 +32,6 @@ SPLITS = {
 }
 
 
-# Of the second rank; the first guesses what is selected.
-ROUTES = ["guessed", "late"]
-
-
 def valid_for(split: str, *shape: int) -> Tensor:
     valid = mask(1, 0.7, *shape)
     if split == "a rank without valid tokens":
@@ -135,12 +131,24 @@ def shares(rows: slice) -> Tensor:
     return torch.stack([dense, linear])
 
 
-def selected(split: str, rows: slice, group: Any) -> Tensor:
-    """What some rows add to Rho-1's loss, its gradient of the unembedding, and how many were corrected."""
+def selection(split: str, rows: slice, group: Any) -> Tensor:
+    """What some rows add to Rho-1's loss, and its gradient of the unembedding."""
     hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], leaf(normal(13, 6, 3))
     targets = integers(14, 6, ROWS, SEQ, HEADS)
     targets = targets.masked_fill(~valid_for(split, ROWS, SEQ, HEADS), IGNORE)[rows]
-    reference, corrected = 2 * uniform(16, ROWS, SEQ, HEADS)[rows], []
+    reference = 2 * uniform(16, ROWS, SEQ, HEADS)[rows]
+    loss = wmtp.linear_weighted_mtp_loss(
+        hidden, unembedding, targets,
+        partial(wmtp.rho1_weights, reference_nll=reference, keep=0.5, group=group),
+        normalizer=17, head_weights=[1.0, 0.3], slab_bytes=20 * 6 * 8,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, unembedding)
+    return torch.cat([loss.detach().view(1), gradient.flatten()])
+
+
+def selected(split: str, rows: slice, group: Any) -> Tensor:
+    """The same, and how many rows were corrected."""
+    corrected: list[int] = []
 
     def watched(asked: Any, guessed: Tensor, factor: Tensor, *rest: Any) -> Any:
         corrected.append(int((~torch.isclose(guessed, factor, rtol=1e-5, atol=0)).sum()))
@@ -148,33 +156,16 @@ def selected(split: str, rows: slice, group: Any) -> Tensor:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("wmtp.operators.corrected_rows", watched)
-        loss = wmtp.linear_weighted_mtp_loss(
-            hidden, unembedding, targets,
-            partial(wmtp.rho1_weights, reference_nll=reference, keep=0.5, group=group),
-            normalizer=17, head_weights=[1.0, 0.3], slab_bytes=20 * 6 * 8,
-        )  # fmt: skip
-        (gradient,) = torch.autograd.grad(loss, unembedding)
+        found = selection(split, rows, group)
     assert len(corrected) == 1
-    return torch.cat([loss.detach().view(1), gradient.flatten(), torch.tensor(corrected)])
+    return torch.cat([found, torch.tensor(corrected)])
 
 
-def by_route(split: str, rows: slice, group: Any, route: str) -> Tensor:
-    """The same loss and gradient, also where losses come first and nothing is guessed."""
-    hidden, unembedding = normal(12, ROWS, SEQ, HEADS, 3)[rows], leaf(normal(13, 6, 3))
-    targets = integers(14, 6, ROWS, SEQ, HEADS)
-    targets = targets.masked_fill(~valid_for(split, ROWS, SEQ, HEADS), IGNORE)[rows]
-    reference = 2 * uniform(16, ROWS, SEQ, HEADS)[rows]
-
+def late(split: str, rows: slice, group: Any) -> Tensor:
+    """The same where losses come first and nothing is guessed."""
     with pytest.MonkeyPatch.context() as patch:
-        if route == "late":
-            patch.setattr("wmtp.loss.counts_late", lambda _: True)
-        loss = wmtp.linear_weighted_mtp_loss(
-            hidden, unembedding, targets,
-            partial(wmtp.rho1_weights, reference_nll=reference, keep=0.5, group=group),
-            normalizer=17, head_weights=[1.0, 0.3],
-        )  # fmt: skip
-        (gradient,) = torch.autograd.grad(loss, unembedding)
-    return torch.cat([loss.detach().view(1), gradient.flatten()])
+        patch.setattr("wmtp.loss.counts_late", lambda _: True)
+        return selection(split, rows, group)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -197,9 +188,8 @@ def worker(rank: int, folder: str) -> None:
             found[split, "alone"] = by_themselves(split, rows, alone)
             found[split, "shares"] = shares(rows)
             found[split, "selected"] = selected(split, rows, group)
-            for route in ROUTES:
-                own = route if rank else "guessed"
-                found[split, route] = by_route(split, rows, group, own)
+            # The first rank guesses what is selected, the second does not.
+            found[split, "late"] = (late if rank else selection)(split, rows, group)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -259,13 +249,11 @@ def test_a_selection_over_ranks_is_guessed_by_each_alone(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("route", ROUTES)
 def test_every_rank_may_take_its_own_route(
-    ranks: list[dict[tuple[str, str], Tensor]], split: str, route: str
+    ranks: list[dict[tuple[str, str], Tensor]], split: str
 ) -> None:
     """Which depends on its own sizes: all ask one another equally often, or they would wait for ever."""
-    together = ranks[0][split, route] + ranks[1][split, route]
-    close(together, by_route(split, slice(None), None, "guessed"))
+    close(ranks[0][split, "late"] + ranks[1][split, "late"], selection(split, slice(None), None))
 
 
 @pytest.mark.parametrize("split", SPLITS)

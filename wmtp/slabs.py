@@ -127,7 +127,7 @@ def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
     The one deliberate synchronisation before it; so here labels that do not exist are refused: whether
     there are any is known by the time the rows are.
     """
-    # On its way before the wait for the number of rows, which is for both. Of no rows there may be none.
+    # On its way before the wait for the number of rows, which is for both; of no rows nobody may wait.
     wrong = (problem.target >= problem.vocab).any().to("cpu", non_blocking=True)
     rows = counted.nonzero().squeeze(1)
     if len(counted) and wrong:

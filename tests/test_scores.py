@@ -393,6 +393,24 @@ def test_the_order_and_the_names_of_groups_do_not_matter(seed: int, eps: float) 
     close(group_advantages(rewards.flip(0), 5 - ids.flip(0), eps=eps).flip(0), expected)
 
 
+@pytest.mark.parametrize("size", [6, 60_000])
+def test_many_answers_cost_no_memory_for_each_pair_and_round_as_torch_does(size: int) -> None:
+    n = 60_000
+    rewards, order = normal(0, n).float() + 1000, normal(1, n).argsort()
+    actual = torch.empty(n)
+    actual[order] = group_advantages(rewards[order], order // size)
+    groups = rewards.double().view(-1, size)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    close(actual.view(-1, size), expected, torch.float32)
+
+
+def test_a_bad_reward_stays_in_its_group() -> None:
+    rewards = torch.tensor([torch.nan, 1.0, 2.0, torch.inf, 0.0])
+    actual = group_advantages(rewards, torch.tensor([0, 1, 1, 0, 2]))
+    assert actual[[0, 3]].isnan().all()
+    close(actual[[1, 2, 4]], torch.tensor([-(0.5**0.5), 0.5**0.5, 0.0]), torch.float32)
+
+
 def test_group_advantages_refuse_what_does_not_fit() -> None:
     with pytest.raises((TypeError, ValueError), match="group_ids"):
         group_advantages(normal(0, 3), torch.zeros(4).long())

@@ -208,15 +208,21 @@ def group_advantages(
     _checks.in_range("eps", eps, 0.0, open_high=True)
     _checks.whole("correction", correction, 0, 1)
     rewards = wide(rewards)
-    # Pairwise instead of by group number: no host needs to know how many groups there are.
-    same = group_ids[:, None] == group_ids[None, :]
-    count = same.sum(1)
-    mean = torch.where(same, rewards[None, :], 0).sum(1) / count
-    centred = torch.where(same, rewards[None, :] - mean[:, None], 0)
-    variance = centred.square().sum(1) / (count - correction).clamp(min=1)
+    # Each group is numbered by where it starts among the sorted: nobody asks how many there are.
+    ids, order = group_ids.long().sort(stable=True)
+    group = torch.searchsorted(ids, group_ids.long())
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(values).index_add(0, group, values)[group]
+
+    # Relative to one of the group: a level that all share would round long sums.
+    above = rewards - rewards[order][group]
+    count = total(torch.ones_like(rewards))
+    centred = above - total(above) / count
+    variance = total(centred.square()) / (count - correction).clamp(min=1)
     # A group of equal rewards has no standard deviation, also when their mean rounds.
-    alone = torch.where(same, rewards[None, :] - rewards[:, None], 0).eq(0).all(1)
-    return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 1, variance).sqrt() + eps))
+    alone = total((above != 0).to(count.dtype)) == 0
+    return torch.where(alone, 0, centred / (torch.where(alone, 1, variance).sqrt() + eps))
 
 
 @typed

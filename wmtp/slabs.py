@@ -305,7 +305,7 @@ def corrected_rows(
     near &= factor.isfinite()
     active = ((problem.target >= 0) & ~near).nonzero().squeeze(1)
     count = ((problem.target >= 0) & (factor != 0)).nonzero().squeeze(1)
-    finite = all(bool(gradient.sum().isfinite()) for gradient in made[:3])
+    finite = bool(torch.stack([gradient.sum() for gradient in made[:3]]).isfinite().all())
     if len(active) > len(count) or not finite:
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:

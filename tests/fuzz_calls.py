@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -329,6 +329,12 @@ def _judge_normalizer(value: Any, arguments: Arguments, sizes: dict[str, int]) -
     return None if value > 1e30 or 0 < value < 1e-30 else True
 
 
+def _judge_count(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
+    if value is None or isinstance(value, str):
+        return value is None
+    return _judge_normalizer(value, arguments, sizes)
+
+
 def _judge_initial(value: Any, arguments: Arguments, sizes: dict[str, int]) -> Verdict:
     if isinstance(value, str):
         return value == "first"
@@ -505,6 +511,12 @@ NORMALIZER = Law(
     lambda w: w.random.choice(("weights", "tokens", 3, 7.5, torch.tensor(4), torch.tensor(2.5))),
     ("",), "count", False, _judge_normalizer,
 )  # fmt: skip
+COUNT = replace(
+    NORMALIZER,
+    make=lambda w: w.random.choice((None, 3, 7.5, torch.tensor(4), torch.tensor(2.5))),
+    optional=True,
+    judge=_judge_count,
+)
 LOSS = {
     "offsets": MAYBE_OFFSETS,
     "ignore_index": IGNORE_INDEX,
@@ -522,7 +534,7 @@ WHITEN = {"whiten": flag(), "statistics": Law(
 GENERATOR = Law(lambda w: torch.Generator().manual_seed(3), judge=_judge_generator)
 MIN_ESS = number(lambda w: None, 0, 1, edges="(]", optional=True, related=("mode",))
 SCORE_OPTIONS = {"scope": SCOPE, "group": GROUP}
-TD = {"segment_ids": SEGMENTS, "attention_mask": ATTENTION}
+TD = {**DOCUMENTS, "cu_seqlens": replace(BOUNDARIES, related=("values",))}
 DEVICE = Law(lambda w: w.random.choice((None, "cpu")), optional=True, judge=_judge_device)
 DTYPE = Law(
     lambda w: w.random.choice((None, torch.float32, torch.bfloat16)), optional=True,
@@ -620,7 +632,7 @@ def _boundaries_rule(arguments: Arguments) -> Verdict:
     cu = arguments.get("cu_seqlens")
     if cu is None:
         return True
-    held = arguments["labels"]
+    held = arguments["labels" if "labels" in arguments else "values"]
     if held.dim() != 2 or held.shape[0] != 1 or cu.numel() == 0:
         return False
     if cu.is_meta:
@@ -753,13 +765,13 @@ CALLS: dict[str, Call] = {
         wmtp.td_deltas,
         {"values": VALUES, "valid": TRAINED, "rewards": REWARDS, "gamma": UNIT,
          "initial_value": INITIAL, **TD},
-        like("values"),
+        like("values"), rules=(_boundaries_rule,),
     ),
     "gae": Call(
         wmtp.gae,
         {"values": VALUES, "valid": TRAINED, "rewards": REWARDS, "gamma": UNIT, "lam": UNIT,
          "initial_value": INITIAL, **TD},
-        like("values"),
+        like("values"), rules=(_boundaries_rule,),
     ),
     "group_advantages": Call(
         wmtp.group_advantages,
@@ -824,7 +836,7 @@ CALLS: dict[str, Call] = {
              related=("whiten", "values", "scores"),
          ),
          "initial_value": INITIAL, **TD, **SCORE_OPTIONS},
-        like("valid"), finite=True,
+        like("valid"), finite=True, rules=(_boundaries_rule,),
     ),
     "dft_weights": Call(
         wmtp.dft_weights, {"token_ce": CE, "valid": PREDICTED, "mode": MODE, **SCORE_OPTIONS},
@@ -922,12 +934,12 @@ CALLS: dict[str, Call] = {
         wmtp.lambda_returns,
         {"values": VALUES, "rewards": tensor(lambda w: w.normal("b s"), "float", "b s"),
          "valid": TRAINED, "gamma": UNIT, "lam": UNIT, **TD},
-        like("values"),
+        like("values"), rules=(_boundaries_rule,),
     ),
     "value_loss": Call(
         wmtp.value_loss,
         {"values": VALUES, "targets": tensor(lambda w: w.unit("b s"), "float", "b s"),
-         "valid": TRAINED, "kind": choice("mse", "huber", "bce"), "delta": WARM},
+         "valid": TRAINED, "kind": choice("mse", "huber", "bce"), "delta": WARM, "normalizer": COUNT},
         scalar,
     ),
     "pairwise_ranking_loss": Call(
@@ -937,7 +949,7 @@ CALLS: dict[str, Call] = {
          "chosen_valid": tensor(lambda w: w.mask("p c"), "bool", "p c"),
          "rejected_valid": tensor(lambda w: w.mask("p r"), "bool", "p r"),
          "pool": choice("last", "mean"),
-         "margin": number(lambda w: w.random.choice((0.0, 1, -0.5)))},
+         "margin": number(lambda w: w.random.choice((0.0, 1, -0.5))), "normalizer": COUNT},
         scalar,
     ),
     "weight_statistics": Call(

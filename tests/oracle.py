@@ -118,7 +118,7 @@ def mtp_targets(
                 j = t + step
                 if j >= seq or label[b][j] == ignore_index:
                     continue
-                if mask is not None and (mask[b][t] == 0 or mask[b][j] == 0):
+                if mask is not None and (mask[b][t] == 0 or mask[b][j] != mask[b][t]):
                     continue
                 if any(d[t] is None or d[t] != d[j] for d in documents):
                     continue
@@ -358,13 +358,29 @@ def excess_loss(
     return tensor(out, (batch, seq, heads))
 
 
-def _homes(shape: Sequence[int], segment_ids: Tensor | None, attention_mask: Tensor | None) -> Rows:
-    """The document of every token, None where it has none."""
-    segment, mask = rows(segment_ids), rows(attention_mask)
+def _homes(
+    shape: Sequence[int],
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Rows:
+    """The document of every token by each description, None where it has none."""
     out = filled(shape, None)
-    for b, t in places(shape):
-        if mask is None or mask[b][t]:
-            out[b][t] = 0 if segment is None else segment[b][t]
+    for b in range(shape[0]):
+        told: list[list[Any]] = []
+        for numbers in (attention_mask, segment_ids):
+            if numbers is not None:
+                told.append(rows(numbers)[b])
+        if position_ids is not None:
+            told.append(_documents_from_positions(rows(position_ids)[b]))
+        if cu_seqlens is not None:
+            told.append(_documents_from_cu_seqlens(rows(cu_seqlens), shape[1]))
+        for t in range(shape[1]):
+            padding = attention_mask is not None and rows(attention_mask)[b][t] == 0
+            home = tuple(numbers[t] for numbers in told)
+            out[b][t] = None if padding or None in home else home
     return out
 
 
@@ -384,12 +400,11 @@ def td_deltas(
     rewards: Tensor | None = None,
     gamma: float = 1.0,
     initial_value: float | str = "first",
-    segment_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    **documents: Tensor | None,
 ) -> Tensor:
     batch, seq = values.shape
     value, ok, reward = rows(values), rows(valid), rows(rewards)
-    homes = _homes((batch, seq), segment_ids, attention_mask)
+    homes = _homes((batch, seq), **documents)
     out = filled((batch, seq))
     for b in range(batch):
         for tokens in _trained(homes[b], ok[b]).values():
@@ -415,14 +430,17 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    segment_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    **options: Any,
+    rewards: Tensor | None = None,
+    initial_value: float | str = "first",
+    **documents: Tensor | None,
 ) -> Tensor:
     batch, seq = values.shape
-    documents = {"segment_ids": segment_ids, "attention_mask": attention_mask}
-    delta = rows(td_deltas(values, valid, gamma=gamma, **documents, **options))
-    homes, ok = _homes((batch, seq), segment_ids, attention_mask), rows(valid)
+    delta = rows(
+        td_deltas(
+            values, valid, rewards=rewards, gamma=gamma, initial_value=initial_value, **documents
+        )
+    )
+    homes, ok = _homes((batch, seq), **documents), rows(valid)
     out = filled((batch, seq))
     for b in range(batch):
         for tokens in _trained(homes[b], ok[b]).values():
@@ -703,6 +721,12 @@ def critic_delta_weights(
     **critic: Any,
 ) -> Tensor:
     scores = gae(values, valid, lam=lam, **critic)
+    described = {
+        name: x for name, x in critic.items() if name.endswith(("_mask", "_ids", "seqlens"))
+    }
+    homes = _homes(values.shape, **described)
+    inside = [[home is not None for home in row] for row in homes]
+    valid = valid & tensor(inside, values.shape, torch.bool)
     if mode == "softmax":
         return softmax_weights(scores, valid, temperature=temperature, scope=scope)
     if mode == "top_k":
@@ -979,12 +1003,11 @@ def lambda_returns(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    segment_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    **documents: Tensor | None,
 ) -> Tensor:
     batch, seq = values.shape
     value, reward, ok = rows(values), rows(rewards), rows(valid)
-    homes = _homes((batch, seq), segment_ids, attention_mask)
+    homes = _homes((batch, seq), **documents)
     out = filled((batch, seq))
     for b in range(batch):
         for tokens in _trained(homes[b], ok[b]).values():

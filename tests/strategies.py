@@ -286,15 +286,10 @@ class Trajectories:
     values: Tensor
     rewards: Tensor | None
     valid: Tensor
-    segment_ids: Tensor | None
-    attention_mask: Tensor | None
+    documents: dict[str, Tensor]
     initial_value: float | str
     gamma: float
     lam: float
-
-    @property
-    def documents(self) -> dict[str, Tensor | None]:
-        return {"segment_ids": self.segment_ids, "attention_mask": self.attention_mask}
 
 
 @st.composite
@@ -302,10 +297,19 @@ def trajectories(draw: st.DrawFn, *, dtype: torch.dtype | None = None) -> Trajec
     batch, seq, seed = draw(sizes(3)), draw(sizes(8)), draw(SEEDS)
     dtype = draw(WIDE_DTYPES) if dtype is None else dtype
     valid = mask(seed + 9, draw(SHARES), batch, seq)
-    segments = None
-    if seq > 0 and draw(st.booleans()):
-        segments = Documents(batch, seq, [_boundaries(draw, seq) for _ in range(batch)]).segment_ids
-    attention = None
+    told: dict[str, Tensor] = {}
+    ways: list[tuple[str, ...]] = [
+        (), (), ("segment_ids",), ("position_ids",), ("attention_mask",), ("segment_ids", "position_ids"),
+    ]  # fmt: skip
+    if batch == 1:
+        ways += [("cu_seqlens",), ("cu_seqlens",)]
+    way = draw(st.sampled_from(ways)) if seq > 0 else ()
+    packing = Documents(batch, seq, [_boundaries(draw, seq) if way else [0] for _ in range(batch)])
+    for name in way:
+        # Some collators number the documents in the mask.
+        told[name] = getattr(packing, "segment_ids" if name == "attention_mask" else name)
+    if "cu_seqlens" in told and draw(st.booleans()):  # what is behind the last is in no document
+        told["cu_seqlens"] = told["cu_seqlens"][: max(1, len(told["cu_seqlens"]) - 1)]
     side = draw(st.sampled_from(["none", "left", "right"]))
     if side != "none":
         lengths = integers(seed + 8, seq + 1, batch)
@@ -314,14 +318,13 @@ def trajectories(draw: st.DrawFn, *, dtype: torch.dtype | None = None) -> Trajec
         if side == "left":
             attention = place >= seq - lengths[:, None]
         valid = valid & attention
-        attention = attention.long()
+        told["attention_mask"] = attention * told.get("attention_mask", torch.ones(()).long())
     rewards = normal(seed + 1, batch, seq).to(dtype) if draw(st.booleans()) else None
     return Trajectories(
         normal(seed, batch, seq).to(dtype),
         rewards,
         valid,
-        segments,
-        attention,
+        told,
         draw(st.sampled_from(["first", 0.0, 0.5])),
         draw(st.sampled_from([0.97, 1.0, 0.5])),
         draw(st.sampled_from([0.95, 0.3, 1.0, 0.0])),

@@ -28,6 +28,7 @@ PACKAGE = Path(wmtp.__file__).parent
 # A module may import those above it and nothing else of the package.
 ORDER = [
     "_checks",
+    "_dtypes",
     "_typing",
     "_kernels",
     "documents",
@@ -63,11 +64,10 @@ ORDER = [
 RIM = ("integrations", "parallel")
 
 # name -> positional arguments | keyword-only arguments
+DOCUMENTS = "attention_mask position_ids segment_ids cu_seqlens"
 SIGNATURES = {
     "align_to_heads": "per_token offsets | fill",
-    "mtp_targets": (
-        "labels offsets | ignore_index attention_mask position_ids segment_ids cu_seqlens"
-    ),
+    "mtp_targets": (f"labels offsets | ignore_index {DOCUMENTS}"),
     "mtp_ce_loss": (
         "logits labels | offsets ignore_index label_smoothing z_loss softcap reduction"
     ),
@@ -75,16 +75,14 @@ SIGNATURES = {
         "hidden unembedding labels | bias offsets ignore_index label_smoothing z_loss softcap "
         "reduction slab_bytes"
     ),
-    "token_nll": (
-        "logits labels | ignore_index attention_mask position_ids segment_ids cu_seqlens softcap"
-    ),
+    "token_nll": (f"logits labels | ignore_index {DOCUMENTS} softcap"),
     "linear_token_nll": (
         "hidden unembedding labels | bias ignore_index attention_mask position_ids segment_ids "
         "cu_seqlens softcap slab_bytes"
     ),
     "excess_loss": "token_ce reference_nll | offsets",
-    "td_deltas": "values valid | rewards gamma initial_value segment_ids attention_mask",
-    "gae": "values valid | rewards gamma lam initial_value segment_ids attention_mask",
+    "td_deltas": f"values valid | rewards gamma initial_value {DOCUMENTS}",
+    "gae": f"values valid | rewards gamma lam initial_value {DOCUMENTS}",
     "group_advantages": "rewards group_ids | eps correction",
     "target_probability": "logits labels | offsets ignore_index softcap",
     "predictive_entropy": "logits | softcap",
@@ -96,7 +94,7 @@ SIGNATURES = {
     "rho1_weights": "token_ce valid reference_nll | keep mode temperature scope offsets group",
     "critic_delta_weights": (
         "values valid | rewards gamma lam mode beta clip keep temperature whiten statistics "
-        "initial_value segment_ids attention_mask scope group"
+        f"initial_value {DOCUMENTS} scope group"
     ),
     "dft_weights": "token_ce valid | mode scope group",
     "focal_weights": "token_ce valid | gamma mode scope group",
@@ -126,10 +124,10 @@ SIGNATURES = {
         "label_smoothing z_loss softcap slab_bytes"
     ),
     "weighted_mean": "token_ce weights valid | head_weights normalizer",
-    "lambda_returns": "values rewards valid | gamma lam segment_ids attention_mask",
-    "value_loss": "values targets valid | kind delta",
+    "lambda_returns": f"values rewards valid | gamma lam {DOCUMENTS}",
+    "value_loss": "values targets valid | kind delta normalizer",
     "pairwise_ranking_loss": (
-        "chosen_values rejected_values chosen_valid rejected_valid | pool margin"
+        "chosen_values rejected_values chosen_valid rejected_valid | pool margin normalizer"
     ),
     "weight_statistics": "weights valid | extreme",
     "check_weights": "weights valid | extreme",

@@ -28,6 +28,7 @@ from tests.strategies import (
     sizes,
     spoiled,
     trajectories,
+    uniform,
 )
 from wmtp import gae, lambda_returns, pairwise_ranking_loss, td_deltas, value_loss
 
@@ -255,6 +256,42 @@ def test_value_loss_refuses_what_does_not_fit() -> None:
     for delta in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="delta"):
             value_loss(values, targets, valid, kind="huber", delta=delta)
+
+
+@pytest.mark.parametrize("counted", [float, int, torch.tensor])
+@given(SEEDS, st.sampled_from(["mse", "huber", "bce"]))
+def test_losses_of_micro_batches_add_up_to_that_of_the_whole(
+    counted: Any, seed: int, kind: Any
+) -> None:
+    values, targets = leaf(normal(seed, 5, 4)), uniform(seed + 1, 5, 4)
+    other, valid = leaf(normal(seed + 2, 5, 4)), mask(seed + 3, 0.4, 5, 4)
+    cuts = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 5)]
+
+    def value(cut: slice, **options: Any) -> Tensor:
+        return value_loss(values[cut], targets[cut], valid[cut], kind=kind, **options)
+
+    def ranking(cut: slice, **options: Any) -> Tensor:
+        masks = valid[cut], valid.flip(0)[cut]
+        return pairwise_ranking_loss(values[cut], other[cut], *masks, **options)
+
+    for loss, some in ((value, valid), (ranking, valid & valid.flip(0).any(1, keepdim=True))):
+        count = counted(int(some.any(1).sum()))
+        whole = loss(slice(0, 5))
+        parts = sum((loss(cut, normalizer=count) for cut in cuts), torch.zeros(()).double())
+        close(parts, whole)
+        for here, there in zip(
+            grads(parts, [values, other]), grads(whole, [values, other]), strict=True
+        ):
+            close(here, there)
+
+
+def test_counts_that_are_none_are_refused() -> None:
+    values, valid = normal(0, 2, 3), torch.ones(2, 3).bool()
+    for count in (-1, math.nan, "tokens"):
+        with pytest.raises((TypeError, ValueError), match="normalizer"):
+            value_loss(values, values, valid, normalizer=count)  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ValueError), match="normalizer"):
+            pairwise_ranking_loss(values, values, valid, valid, normalizer=count)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------- ranking

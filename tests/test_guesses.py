@@ -25,6 +25,7 @@ from wmtp import (
     dft_weights,
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
+    operators,
     rho1_weights,
     top_k_weights,
     weighted_mtp_loss,
@@ -492,6 +493,20 @@ def test_backward_twice_gives_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(2 * a, b) for a, b in zip(first, doubled, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+def test_a_correction_under_autocast_is_not_narrowed() -> None:
+    """A backward pass in an autocast block, of a selection that was guessed wrong."""
+    leaves, found = [leaf(normal(n, *s).float()) for n, s in enumerate([(12, 4), (7, 4)])], []
+    for enabled in (False, True):
+        asked = problem(*leaves, integers(2, 7, 12))
+        wrong = operators.guessed_row_losses(
+            asked, lambda ce, seen: (ce > ce.median()) * 1.0, False
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(grads(wrong.loss, leaves, uniform(3, 12).float()))
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
 
 
 def test_several_upstream_gradients_at_once() -> None:

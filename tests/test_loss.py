@@ -64,7 +64,7 @@ from wmtp import (
     weighted_mean,
     weighted_mtp_loss,
 )
-from wmtp.loss import _count
+from wmtp.loss import count_of
 
 
 # -------------------------------------------------------------------------------- against the oracle
@@ -286,7 +286,7 @@ def test_a_count_on_the_host_goes_to_a_device_without_a_copy_that_is_waited_for(
 
     like = FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cuda"))
     with mode, Watch():
-        found = _count(torch.tensor(7), like)
+        found = count_of(torch.tensor(7), like)
     assert found.device.type == "cuda"
     assert found.dtype == torch.float32
     assert [name for name, device in seen if device == "cuda"] == ["aten.mul.Tensor"]
@@ -524,6 +524,45 @@ def test_rho1_in_one_call_equals_rho1_by_hand(form: str) -> None:
     close(here, there)
     for a, b in zip(grads(here, tensors), grads(there, tensors), strict=True):
         close(a, b)
+
+
+@FORMS
+def test_a_function_cannot_change_what_the_loss_uses(form: str) -> None:
+    case = Batch(2, 7, 3, 6, 3, None, integers(0, 6, 2, 7), 4)
+    tensors, weights = leaves_of(case, form), uniform(5, 2, 7, 3)
+
+    def careless(token_ce: Tensor, valid: Tensor) -> Tensor:
+        token_ce.zero_()
+        valid.fill_(False)
+        return weights
+
+    here, stats = apply(form, tensors, case.labels, careless, stats=True)
+    there, known_stats = apply(form, tensors, case.labels, weights, stats=True)
+    for a, b in zip((here, *stats), (there, *known_stats), strict=True):
+        close(a, b)
+
+
+@KEPT_FORMS
+def test_a_selection_that_looks_elsewhere_than_its_loss_is_refused(form: str) -> None:
+    case = Batch(2, 7, 2, 6, 3, None, integers(0, 6, 2, 7), 4)
+    tensors, reference = leaves_of(case, form), uniform(5, 2, 7)
+
+    def loss(own: Any, **given: Any) -> Tensor:
+        weights = functools.partial(rho1_weights, keep=0.5, **given)
+        return apply(form, tensors, case.labels, weights, offsets=own)
+
+    with pytest.raises(ValueError, match=r"offsets of rho1_weights must be .* \(2, 3\), got None"):
+        loss((2, 3), reference_nll=reference)
+    with pytest.raises(
+        ValueError, match=r"offsets of rho1_weights must be .* \(2, 3\), got \(1, 3\)"
+    ):
+        loss((2, 3), reference_nll=reference, offsets=(1, 3))
+    given = loss((2, 3), reference_nll=reference, offsets=range(2, 4))
+    # What is aligned already needs no offsets, and 1 … H need not be said.
+    aligned = align_to_heads(reference, (2, 3))
+    close(loss((2, 3), reference_nll=aligned), given)
+    close(loss(2, reference_nll=reference), loss(None, reference_nll=reference))
+    close(loss(None, reference_nll=reference, offsets=2), loss((1, 2), reference_nll=reference))
 
 
 # -------------------------------------------------------------------------------- leaks and emptiness

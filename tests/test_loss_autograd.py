@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import weakref
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -43,12 +45,16 @@ from tests.strategies import (
     uniform,
 )
 from wmtp import (
+    RowLocalWeights,
+    dft_weights,
     linear_weighted_mtp_loss,
     mtp_targets,
+    rho1_weights,
     slabs,
     top_k_weights,
     weighted_mtp_loss,
 )
+from wmtp.row_local import Kind
 
 
 # ------------------------------------------------------------------------------------------ autograd
@@ -91,6 +97,66 @@ def test_every_subset_of_dense_inputs_that_require_grad(
         assert (x.grad is not None) == needs
         if x.grad is not None:
             close(x.grad, expected)
+
+
+ROUTES: dict[str, Any] = {
+    "none": None,
+    "known": uniform(5, 2, 9, 2).float(),
+    "rho1": partial(rho1_weights, reference_nll=uniform(6, 2, 9).float(), keep=0.5),
+    "function": dft_weights,
+    **{kind: RowLocalWeights(kind) for kind in get_args(Kind)},
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("rows_in_slab", [3, 1000])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_reaches_nothing_but_the_operands(
+    name: str, rows_in_slab: int, narrow: torch.dtype
+) -> None:
+    """Neither the forward pass over operands that are cast already, nor the backward pass of wide ones."""
+    labels = integers(3, 7, 2, 9)
+    tensors = [normal(n, *shape).float() for n, shape in enumerate([(2, 9, 2, 4), (7, 4), (7,)])]
+
+    def found(dtype: torch.dtype, forward: bool, backward: bool) -> list[Tensor]:
+        leaves = [leaf(x.to(dtype)) for x in tensors]
+        with torch.autocast("cpu", dtype=narrow, enabled=forward):
+            loss = linear_weighted_mtp_loss(
+                leaves[0],
+                leaves[1],
+                labels,
+                ROUTES[name],
+                bias=leaves[2],
+                slab_bytes=rows_in_slab * 7 * dtype.itemsize,
+            )
+        with torch.autocast("cpu", dtype=narrow, enabled=backward):
+            return [loss.detach(), *grads(loss, leaves)]
+
+    for dtype, forward, backward in ((narrow, True, False), (torch.float32, False, True)):
+        for here, there in zip(
+            found(dtype, forward, backward), found(dtype, False, False), strict=True
+        ):
+            assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("name", ["none", "known", "dft"])
+def test_operands_of_gradients_that_are_made_do_not_wait_for_the_backward_pass(name: str) -> None:
+    """They are freed, may change in place, and may come from inference mode."""
+    tensors = [leaf(normal(n, *shape)) for n, shape in enumerate([(2, 9, 2, 4), (7, 4)])]
+    labels = integers(3, 7, 2, 9)
+    expected = grads(linear_weighted_mtp_loss(*tensors, labels, ROUTES[name]), tensors)  # type: ignore[misc]
+    casts = [x * 1 for x in tensors]
+    loss = linear_weighted_mtp_loss(*casts, labels, ROUTES[name])  # type: ignore[misc]
+    waiting = [weakref.ref(x) for x in casts]
+    casts[1].add_(1)
+    del casts
+    assert [ref() for ref in waiting] == [None, None]
+    for here, there in zip(grads(loss, tensors), expected, strict=True):
+        close(here, there)
+    with torch.inference_mode():
+        trunk = tensors[0] * 1
+    loss = linear_weighted_mtp_loss(trunk, tensors[1], labels, ROUTES[name])
+    close(grads(loss, tensors[1:])[0], expected[1])
 
 
 @KEPT_FORMS

@@ -204,6 +204,16 @@ def test_a_loss_module_has_no_state(loss: type[torch.nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("loss", [WeightedMTPLoss, LinearWeightedMTPLoss])
+def test_tensors_among_the_options_move_with_the_module(loss: type[torch.nn.Module]) -> None:
+    lambdas = torch.tensor([1.0, 0.25])
+    module = loss(head_weights=lambdas, normalizer=torch.tensor(7.0))
+    assert torch.equal(call(module), call(loss(head_weights=(1.0, 0.25), normalizer=7.0)))
+    assert not module.state_dict()
+    assert "0.25" in repr(module)
+    assert {x.device.type for x in module.to("meta").buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("loss", [WeightedMTPLoss, LinearWeightedMTPLoss])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("label_smoothing", 2.0), ("softcap", 0.0), ("z_loss", -1.0), ("offsets", 0)],

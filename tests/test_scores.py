@@ -291,8 +291,8 @@ def test_deltas_and_advantages_are_differentiable(function: Any) -> None:
 @given(trajectories(), LAYOUTS)
 def test_the_layout_does_not_matter(case: Trajectories, layout: str) -> None:
     view, valid = relayout(case.values, layout), relayout(case.valid, layout)
-    if case.attention_mask is not None:
-        case = replace(case, attention_mask=relayout(case.attention_mask, layout))
+    told = {name: relayout(x, layout) if x.dim() == 2 else x for name, x in case.documents.items()}
+    case = replace(case, documents=told)
     told = critic(case, rewards=None)
     close(gae(view, valid, **told), gae(view.clone(), valid.clone(), **told), case.values.dtype)
 

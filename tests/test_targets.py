@@ -51,6 +51,8 @@ def described_labels(draw: st.DrawFn) -> tuple[torch.Tensor, Documents, dict[str
         told["cu_seqlens"] = packing.cu_seqlens
     if draw(st.booleans()):
         told["attention_mask"] = mask(seed + 2, 0.8, packing.batch, packing.seq).long()
+        if draw(st.booleans()):  # some collators number the documents in it
+            told["attention_mask"] *= packing.segment_ids
     return labels, packing, told
 
 

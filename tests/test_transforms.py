@@ -336,6 +336,27 @@ def compiled(loss: Loss, run: Callable[..., Any], graphs: int, **options: Any) -
     return found
 
 
+@pytest.mark.parametrize("name", ["normalizer", "head_weights"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_number_that_changes_from_step_to_step_is_compiled_twice_at_most(
+    name: str, linear: bool
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    hidden, unembedding, labels, _ = tensors()
+
+    def loss(number: float) -> Tensor:
+        option: Any = {name: number if name == "normalizer" else [1.0, number][: hidden.shape[2]]}
+        if linear:
+            return wmtp.linear_weighted_mtp_loss(hidden, unembedding, labels, **option)
+        return wmtp.weighted_mtp_loss(hidden @ unembedding.T, labels, **option)
+
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in (7.5, 3.25, 1.125, 0.7, 11.0, 2.1, 0.3, 5.0, 9.9, 4.4):
+        close(graph(number), loss(number))
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
 class Exportable(torch.nn.Module):
     def __init__(self, loss: Loss, unembedding: Tensor) -> None:
         super().__init__()

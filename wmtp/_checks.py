@@ -213,8 +213,9 @@ def plain_tensors(**tensors: Tensor | None) -> None:
         if isinstance(tensor, kind):
             raise TypeError(
                 f"{name} must be a plain tensor, got a DTensor of shape {_shape(tensor)}, "
-                f"placements {tensor.placements}; gather it first: {name}.full_tensor(), or for an "
-                "FSDP parameter unshard() the module that owns it"
+                f"placements {tensor.placements}; gather it first: for an FSDP parameter unshard() the "
+                f"module that owns it; under tensor parallelism alone {name}.full_tensor(), whose "
+                "gradient is not summed over data-parallel ranks"
             )
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
 from wmtp.normalize import check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
 from wmtp.weights import softmax_weights

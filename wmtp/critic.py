@@ -1,4 +1,4 @@
-"""Stage 1: training the critic whose value differences become weights."""
+"""Training the critic whose value differences become weights."""
 
 from typing import Literal
 
@@ -8,9 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
+from wmtp.loss import count_of, reciprocal
 from wmtp.scans import find_trajectories, next_trained, scan_trained
+
+
+Count = float | Float[Tensor, ""] | Int[Tensor, ""] | None
 
 
 @typed
@@ -21,8 +25,10 @@ def lambda_returns(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
     attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    cu_seqlens: Int[Tensor, " boundaries"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """Targets for a critic: λ-returns, detached, aligned with the values they train.
 
@@ -40,8 +46,10 @@ def lambda_returns(
         valid: ``[batch seq]`` marks the trained tokens; others are passed over.
         gamma: discount in [0, 1].
         lam: ``λ`` in [0, 1]; 0 is one-step bootstrapping, 1 is Monte Carlo.
-        segment_ids: ``[batch seq]``, equal within a document of a packed row.
-        attention_mask: ``[batch seq]``, 0 at padding.
+        attention_mask: as in ``mtp_targets``, like the other descriptions of documents.
+        position_ids: as in ``mtp_targets``.
+        segment_ids: as in ``mtp_targets``.
+        cu_seqlens: as in ``mtp_targets``.
 
     Returns:
         ``[batch seq]`` float32 or wider, detached, 0 where not valid.
@@ -62,7 +70,14 @@ def lambda_returns(
     _checks.in_range("lam", lam, 0.0, 1.0)
     _checks.same_shape("rewards", rewards, "values", values)
     _checks.same_device(values=values, rewards=rewards)
-    tracks = find_trajectories(values, valid, segment_ids, attention_mask)
+    tracks = find_trajectories(
+        values,
+        valid,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+    )
     ahead = next_trained(wide(values.detach()), tracks)
     return scan_trained(wide(rewards.detach()) + gamma * (1 - lam) * ahead, gamma * lam, tracks)
 
@@ -75,10 +90,12 @@ def value_loss(
     *,
     kind: Literal["mse", "huber", "bce"] = "mse",
     delta: float = 1.0,
+    normalizer: Count = None,
 ) -> Float[Tensor, ""]:
     """Distance of a critic's values from their targets, every sequence counting the same.
 
-    The mean over the valid tokens of each sequence, then over the sequences that have any.
+    The mean over the valid tokens of each sequence, then over the sequences that have any. A packed row
+    is one sequence.
 
     Args:
         values: ``[batch seq]``; for ``"bce"`` logits of a probability.
@@ -87,12 +104,14 @@ def value_loss(
         kind: ``"mse"`` is ``(V − G)²``; ``"huber"`` is half of that up to ``|V − G| = delta`` and
             linear beyond; ``"bce"`` is the binary cross entropy with logits.
         delta: where ``"huber"`` turns linear, above 0.
+        normalizer: what the sum over sequences is divided by: how many have a valid token here, or a
+            number or 0-d tensor, their count over the whole accumulation window and all ranks; 0 gives 0.
 
     Returns:
         A scalar, float32 or wider; 0, connected to the graph, if nothing is valid.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown kind, ``delta`` not positive.
+        ValueError: shapes that do not fit, an unknown kind, ``delta`` not positive, a negative count.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -120,7 +139,7 @@ def value_loss(
         losses = F.binary_cross_entropy_with_logits(guess, goal, reduction="none")
     count = valid.sum(1)
     per_sequence = torch.where(valid, losses, 0).sum(1) / count.clamp(min=1)
-    return per_sequence.sum() / (count > 0).sum().clamp(min=1)
+    return _mean(per_sequence, count > 0, normalizer)
 
 
 @typed
@@ -132,6 +151,7 @@ def pairwise_ranking_loss(
     *,
     pool: Literal["last", "mean"] = "last",
     margin: float = 0.0,
+    normalizer: Count = None,
 ) -> Float[Tensor, ""]:
     """Train a critic to value the better of two sequences more: Bradley–Terry.
 
@@ -146,12 +166,15 @@ def pairwise_ranking_loss(
         pool: what a sequence's score ``s`` is: the value at its ``"last"`` valid token, which makes
             values those of prefixes, as deltas need them; or the ``"mean"`` over its valid tokens.
         margin: by how much the better one should lead, in the units of the values.
+        normalizer: what the sum over pairs is divided by: how many count here, or a number or 0-d tensor,
+            their count over the whole accumulation window and all ranks; 0 gives 0.
 
     Returns:
         A scalar, float32 or wider; 0, connected to the graph, if no pair counts.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown pool, a margin that is not finite.
+        ValueError: shapes that do not fit, an unknown pool, a margin that is not finite, a negative
+            count.
         TypeError: arguments of another type, dtype or number of axes.
 
     Example:
@@ -183,7 +206,14 @@ def pairwise_ranking_loss(
     rejected, rejected_any = _pool(rejected_values, rejected_valid, pool)
     both = chosen_any & rejected_any
     losses = F.softplus(rejected - chosen + margin)
-    return torch.where(both, losses, 0).sum() / both.sum().clamp(min=1)
+    return _mean(torch.where(both, losses, 0), both, normalizer)
+
+
+def _mean(losses: Tensor, counted: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """Sum over the count of those that are not 0 by definition, or over a caller's."""
+    total = losses.sum()
+    count = counted.sum().to(total.dtype) if normalizer is None else count_of(normalizer, total)
+    return total * reciprocal(count)
 
 
 def _pool(values: Tensor, valid: Tensor, pool: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
 from wmtp.documents import shift_right
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
@@ -242,8 +243,3 @@ def with_heads(name: str, tensor: Tensor, last: str) -> Tensor:
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
     """Logits bounded to ``(−softcap, softcap)``, smoothly."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Float64 stays, everything narrower becomes float32: the dtype of all arithmetic here."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -49,7 +49,8 @@ def find_documents(
 
     Args:
         like: any ``[batch seq]`` tensor, for its shape and device.
-        attention_mask: ``[batch seq]``, 0 at padding, which belongs to no document.
+        attention_mask: ``[batch seq]``, 0 at padding, which belongs to no document; other numbers
+            than 1, as packing collators give them, are equal within a document.
         position_ids: ``[batch seq]``; a document starts wherever the position is not its left
             neighbour's plus one, which is how padding-free collators mark it.
         segment_ids: ``[batch seq]``, equal within a document.
@@ -71,17 +72,18 @@ def find_documents(
         segment_ids=segment_ids,
         cu_seqlens=cu_seqlens,
     )
-    for name, tensor in (
+    for description, tensor in (
         ("attention_mask", attention_mask),
         ("position_ids", position_ids),
         ("segment_ids", segment_ids),
     ):
         if tensor is not None:
-            _checks.shape_is(name, tensor, (batch, seq), "batch seq")
+            _checks.shape_is(description, tensor, (batch, seq), "batch seq")
     real = torch.ones(batch, seq, dtype=torch.bool, device=like.device)
     ids: list[Tensor] = []
     if attention_mask is not None:
         real = attention_mask != 0
+        ids.append(attention_mask)
     if position_ids is not None:
         ids.append((position_ids != shift_right(position_ids) + 1).cumsum(1))
     if segment_ids is not None:

@@ -257,7 +257,7 @@ def linear_weighted_sum(
     predictions are detached, and without ``with_stats`` known only where the factor is not 0.
     """
     flat = rearrange(factors, "batch seq heads -> (batch seq heads)")
-    total, rows = weighted_row_sum(problem, flat, with_stats, with_stats, weighting)
+    total, rows = weighted_row_sum(problem, flat, with_stats, weighting)
     return total, _predictions(rows, problem, valid, with_stats), rows.weight.view(valid.shape)
 
 

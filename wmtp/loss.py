@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import Objective, Predictions, predict, wide
+from wmtp.cross_entropy import Objective, Predictions, predict
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.methods import asks_ranks, early_rho1
+from wmtp.methods import asks_ranks, check_rho1_offsets, early_rho1
 from wmtp.operators import counts_late
 from wmtp.problem import Problem
 from wmtp.row_local import (
@@ -375,6 +376,7 @@ def _weigh(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of predictions, and the weights it used."""
     if callable(weights):
+        check_rho1_offsets(weights, offsets, found.valid.shape[2])
         used = _call_weights(weights, found)
     else:
         used = _align_weights(weights, found.valid, offsets)
@@ -521,14 +523,13 @@ def _factors(
     elif normalizer == "tokens":
         whole = valid.sum().to(dtype) / heads
     else:
-        whole = _count(normalizer, used)
-    empty = whole == 0
-    share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
-    return used * (_head_weights(head_weights, used) * share)
+        whole = count_of(normalizer, used)
+    return used * (_head_weights(head_weights, used) * reciprocal(whole))
 
 
 def _call_weights(function: WeightFunction, found: Predictions) -> Tensor:
-    made = function(found.ce, found.valid)
+    # Copies: the statistics and the loss's mask are not the function's to change.
+    made = function(found.ce.clone(), found.valid.clone())
     if not isinstance(made, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the weights function must return a tensor, got {type(made).__name__}")
     _checks.shape_is("the weights function's result", made, found.valid.shape, "batch seq heads")
@@ -549,7 +550,13 @@ def _align_weights(weights: Tensor | None, valid: Tensor, offsets: Offsets | Non
     return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "the predictions"))
 
 
-def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
+def reciprocal(count: Tensor) -> Tensor:
+    """``1 / count``, and 0 where there was nothing to count."""
+    empty = count == 0
+    return torch.where(empty, 0, 1 / torch.where(empty, 1, count))
+
+
+def count_of(normalizer: float | Tensor, like: Tensor) -> Tensor:
     """A caller's denominator as a 0-d tensor."""
     if isinstance(normalizer, Tensor):
         _checks.shape_is("normalizer", normalizer, (), "")
@@ -564,7 +571,7 @@ def _count(normalizer: float | Tensor, like: Tensor) -> Tensor:
     _checks.in_range("normalizer", normalizer, 0.0, limits.max)
     if 0 < normalizer < limits.tiny:
         raise ValueError(f"normalizer must be 0 or at least {limits.tiny}, got {normalizer}")
-    return like.new_full((), normalizer)
+    return _filled(like, normalizer)
 
 
 def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
@@ -583,7 +590,12 @@ def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
     for weight in head_weights:
         _checks.in_range("head_weights", weight, 0.0, torch.finfo(like.dtype).max)
     # Filled on the device: a tensor made from a list would be copied there, and waited for.
-    return torch.stack([like.new_full((), weight) for weight in head_weights])
+    return torch.stack([_filled(like, weight) for weight in head_weights])
+
+
+def _filled(like: Tensor, number: float) -> Tensor:
+    """A caller's number as a 0-d tensor: a product, for which a compiler does not fix the number."""
+    return like.new_ones(()) * number
 
 
 def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:

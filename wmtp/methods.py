@@ -8,19 +8,20 @@ What is said there of all weights holds here. Those whose first two arguments ar
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
+from wmtp.documents import find_documents
 from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
 from wmtp.scores import InitialValue, excess_loss, gae, group_advantages
-from wmtp.targets import Offsets
+from wmtp.targets import Offsets, resolve_offsets
 from wmtp.weights import (
     check_share,
     check_temperature,
@@ -97,6 +98,20 @@ def rho1_weights(
     return softmax_weights(scores, valid, temperature=temperature, scope=scope, group=group)
 
 
+def check_rho1_offsets(weights: object, offsets: Offsets | None, heads: int) -> None:
+    """Refuse a ``partial`` of ``rho1_weights`` that looks elsewhere than the loss it is given to."""
+    if offsets is None or not isinstance(weights, partial) or weights.func is not rho1_weights:
+        return
+    reference, given = weights.keywords.get("reference_nll"), weights.keywords.get("offsets")
+    aligned = isinstance(reference, Tensor) and reference.dim() == 3
+    steps = resolve_offsets(offsets)
+    if not aligned and resolve_offsets(heads if given is None else given) != steps:
+        raise ValueError(
+            f"offsets of rho1_weights must be those of the loss, {steps}, got {given}; "
+            "give them to the partial too"
+        )
+
+
 def asks_ranks(weights: object) -> bool:
     """Whether these may be a selection over ranks, whose ``early_rho1`` asks the others."""
     return isinstance(weights, partial) and weights.keywords.get("group") is not None
@@ -139,8 +154,10 @@ def critic_delta_weights(
     whiten: bool = True,
     statistics: WhiteningStatistics | None = None,
     initial_value: InitialValue = "first",
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
     attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    cu_seqlens: Int[Tensor, " boundaries"] | None = None,
     scope: Scope = "batch",
     group: ProcessGroup | None = None,
 ) -> Float[Tensor, "batch seq"]:
@@ -152,8 +169,8 @@ def critic_delta_weights(
     Args:
         values: ``[batch seq]`` critic values, indexed by token.
         valid: ``[batch seq]``, the trained tokens.
-        rewards: as in ``td_deltas``, and so are ``gamma``, ``initial_value``, ``segment_ids`` and
-            ``attention_mask``.
+        rewards: as in ``td_deltas``, and so are ``gamma``, ``initial_value`` and the descriptions of
+            documents.
         gamma: discount in [0, 1].
         lam: ``λ`` of ``gae`` in [0, 1].
         mode: ``"exp"`` (``exp_weights`` with ``beta``, ``clip``, ``whiten``, ``statistics``),
@@ -165,8 +182,10 @@ def critic_delta_weights(
         whiten: as in ``exp_weights``.
         statistics: as in ``exp_weights``.
         initial_value: ``"first"`` or ``V_{−1}``.
-        segment_ids: ``[batch seq]`` or ``None``.
         attention_mask: ``[batch seq]`` or ``None``; padding has weight 0.
+        position_ids: ``[batch seq]`` or ``None``.
+        segment_ids: ``[batch seq]`` or ``None``.
+        cu_seqlens: ``[documents + 1]`` or ``None``; tokens behind the last have weight 0.
         scope: as in the function that ``mode`` names.
         group: process group whose ranks share the scope.
 
@@ -192,6 +211,12 @@ def critic_delta_weights(
     check_temperature("beta", beta)
     check_bounds(clip)
     check_whitening(whiten, statistics, values)
+    documents: dict[str, Any] = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+        "cu_seqlens": cu_seqlens,
+    }
     scores = gae(
         values.detach(),
         valid,
@@ -199,12 +224,10 @@ def critic_delta_weights(
         gamma=gamma,
         lam=lam,
         initial_value=initial_value,
-        segment_ids=segment_ids,
-        attention_mask=attention_mask,
+        **documents,
     )
-    if attention_mask is not None:
-        # Padding has no score, and takes nobody's place.
-        valid = valid & (attention_mask != 0)
+    # What is in no document has no score, and takes nobody's place.
+    valid = valid & find_documents(values, **documents).real
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
     if mode == "softmax":

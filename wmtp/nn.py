@@ -30,7 +30,8 @@ class MTPHeads(nn.Module):
 
     Head 0 is the trunk's own state, ``z_0 = x``; head ``h ≥ 1`` adds a residual block,
     ``z_h = x + W2_h · silu(W1_h · norm(x))``. ``W2`` starts at 0: every head starts as the trunk, and
-    the model's next-token predictions are untouched. All heads share the model's unembedding.
+    the model's next-token predictions are untouched. All heads share the model's unembedding. One head
+    has no parameters.
 
     Args:
         dim: size of the hidden state.
@@ -71,6 +72,11 @@ class MTPHeads(nn.Module):
         _checks.placement(device, dtype)
         self.dim, self.heads, self.hidden_dim = dim, heads, width
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if heads == 1:
+            # Not empty ones, nor any that get no gradient: data parallelism takes neither.
+            for name in ("norm", "inner", "outer"):
+                self.register_parameter(name, None)
+            return
         self.norm = nn.RMSNorm(dim, **factory)
         self.inner = nn.Parameter(torch.empty(heads - 1, width, dim, **factory))
         self.outer = nn.Parameter(torch.empty(heads - 1, dim, width, **factory))
@@ -78,6 +84,8 @@ class MTPHeads(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start every head as the trunk."""
+        if self.heads == 1:
+            return
         self.norm.reset_parameters()
         nn.init.normal_(self.inner, std=self.dim**-0.5)
         nn.init.zeros_(self.outer)
@@ -88,6 +96,9 @@ class MTPHeads(nn.Module):
     ) -> Float[Tensor, "batch seq heads dim"]:
         """``[batch seq dim] -> [batch seq heads dim]``."""
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
+        trunk = rearrange(hidden, "b t d -> b t 1 d")
+        if self.heads == 1:
+            return trunk
         _checks.same_device(hidden=hidden, parameters=self.inner)
         kinds = {hidden.dtype, self.inner.dtype}
         # The products need one dtype; autocast casts to it, but no float64.
@@ -95,7 +106,6 @@ class MTPHeads(nn.Module):
             _checks.same_dtype(hidden=hidden, parameters=self.inner)
         inside = einsum(self.norm(hidden), self.inner, "b t d, h w d -> b t h w")
         change = einsum(F.silu(inside), self.outer, "b t h w, h d w -> b t h d")
-        trunk = rearrange(hidden, "b t d -> b t 1 d")
         return torch.cat([trunk, trunk + change], dim=2)
 
     def extra_repr(self) -> str:
@@ -145,7 +155,8 @@ class ValueHead(nn.Module):
         _checks.placement(device, dtype)
         self.dim = dim
         self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
+        # Of one axis: FSDP shards no scalar.
+        self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     @typed
     def forward(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq"]:
@@ -160,8 +171,38 @@ class ValueHead(nn.Module):
         return f"dim={self.dim}"
 
 
-class WeightedMTPLoss(nn.Module):
+class _StoredOptions(nn.Module):
+    """The options of a loss; tensors among them are buffers, which move with the module."""
+
+    def __init__(
+        self, *, head_weights: HeadWeights, normalizer: Normalizer, **options: Any
+    ) -> None:
+        super().__init__()
+        objective = (options[name] for name in ("label_smoothing", "z_loss", "softcap"))
+        Objective(*objective).checked()
+        if options["offsets"] is not None:
+            resolve_offsets(options["offsets"])
+        _checks.whole("ignore_index", options["ignore_index"])
+        options |= {"head_weights": head_weights, "normalizer": normalizer}
+        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            self.register_buffer(name, value, persistent=False)
+        self._plain = {name: options[name] for name in options if name not in tensors}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the loss is called with."""
+        return self._plain | dict(self.named_buffers())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class WeightedMTPLoss(_StoredOptions):
     """``weighted_mtp_loss`` with its options stored; see there for what they mean.
+
+    Tensors among them move with the module, as a weight of ``nn.CrossEntropyLoss`` does; they are not in
+    its ``state_dict``.
 
     Args:
         offsets: which token each head predicts.
@@ -196,20 +237,15 @@ class WeightedMTPLoss(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        Objective(label_smoothing, z_loss, softcap).checked()
-        if offsets is not None:
-            resolve_offsets(offsets)
-        _checks.whole("ignore_index", ignore_index)
-        self.options: dict[str, Any] = {
-            "offsets": offsets,
-            "head_weights": head_weights,
-            "normalizer": normalizer,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-        }
+        super().__init__(
+            offsets=offsets,
+            head_weights=head_weights,
+            normalizer=normalizer,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+        )
 
     def forward(
         self,
@@ -220,19 +256,22 @@ class WeightedMTPLoss(nn.Module):
         """Call ``weighted_mtp_loss``."""
         return weighted_mtp_loss(logits, labels, weights, **self.options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearWeightedMTPLoss(WeightedMTPLoss):
+class LinearWeightedMTPLoss(_StoredOptions):
     """``linear_weighted_mtp_loss`` with its options stored; see there for what they mean.
 
     Args:
+        offsets: as in ``WeightedMTPLoss``, and so are all that follow but the last.
+        head_weights: ``λ``, one per head.
+        normalizer: ``"weights"``, ``"tokens"`` or a count.
+        ignore_index: the label that means "no target".
+        label_smoothing: ``ε`` in [0, 1].
+        z_loss: coefficient of ``lse²``.
+        softcap: positive bound of the logits, or ``None``.
         slab_bytes: how many bytes to hold beside inputs and gradients.
-        **options: those of ``WeightedMTPLoss``.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: as ``WeightedMTPLoss``, and ``slab_bytes`` below 1.
 
     Example:
         >>> import torch
@@ -243,13 +282,32 @@ class LinearWeightedMTPLoss(WeightedMTPLoss):
     Source: as ``linear_weighted_mtp_loss``.
     """
 
-    def __init__(self, *, slab_bytes: int | None = None, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        offsets: Offsets | None = None,
+        head_weights: HeadWeights = None,
+        normalizer: Normalizer = "weights",
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        slab_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            offsets=offsets,
+            head_weights=head_weights,
+            normalizer=normalizer,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            slab_bytes=slab_bytes,
+        )
         if slab_bytes is not None:
             _checks.whole("slab_bytes", slab_bytes, 1)
-        self.options["slab_bytes"] = slab_bytes
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         hidden: Float[Tensor, "batch seq heads dim"] | Float[Tensor, "batch seq dim"],
         unembedding: Float[Tensor, "vocab dim"],

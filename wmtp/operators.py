@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from wmtp import _checks
-from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows, wide_dtype
+from wmtp._dtypes import wide_dtype
+from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
 from wmtp.slab_layout import Held, gradient_dtype
 from wmtp.slabs import (
     Guess,
@@ -80,23 +81,35 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
 def weighted_row_sum(
     problem: Problem,
     factor: Tensor,
-    with_correct: bool,
-    every_row: bool,
+    with_stats: bool,
     weighting: RowLocal = NOT_LOCAL,
 ) -> tuple[Tensor, Rows]:
     """``Σ factor · weight · loss``, differentiable in the factor too, and the rows, detached.
 
-    Rows of factor 0 are not computed unless ``every_row``, or the factor requires grad: its gradient
+    Rows of factor 0 are not computed unless ``with_stats``, or the factor requires grad: its gradient
     is the weighted loss of the row.
     """
     _first_order_only()
     needs = _needs(problem)
-    every_row = every_row or (torch.is_grad_enabled() and factor.requires_grad)
-    inputs = (*problem, factor, *weighting, with_correct, every_row, needs)
-    direct = _compiled_without_gradient(*problem[:3], factor)
-    run: Any = _weighted_row_sum if direct else _WeightedRowSum.apply  # pyright: ignore
-    out: list[Tensor] = list(run(*inputs))
-    return out[0], Rows(*out[1:7])
+    every_row = with_stats or (torch.is_grad_enabled() and factor.requires_grad)
+    inputs = (*problem, factor, *weighting, with_stats, every_row, needs)
+    out: Any
+    if _compiled_without_gradient(*problem[:3], factor):
+        out = _weighted_row_sum(*inputs)
+    else:
+        out = _WeightedRowSum.apply(*inputs, *_ties(problem))  # pyright: ignore
+    total, *rows = cast(tuple[Tensor, ...], out)[:7]
+    return total, Rows(*rows)
+
+
+def _ties(problem: Problem) -> list[Tensor | None]:
+    """Nothing of each operand, but a part of its graph: for a backward pass that does not need the rest.
+
+    What is saved for it is not freed until then, and may not change.
+    """
+    if torch.compiler.is_compiling():  # where a second backward pass is refused by Dynamo
+        return [None] * 3
+    return [None if tensor is None else tensor[:0].clone() for tensor in problem[:3]]
 
 
 def _needs(problem: Problem) -> list[bool]:
@@ -450,37 +463,38 @@ class _WeightedRowSum(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _weighted_row_sum(*inputs)
+        return _weighted_row_sum(*inputs[:-3])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, loss, _, _, _, _, weight, *gradients_and_unit = output
-        ctx.save_for_backward(*inputs[:3], inputs[8], loss, weight, *gradients_and_unit)
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*inputs[-3:], inputs[8], loss, weight, *gradients_and_unit)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if grad_outputs[0] is None:
-            return (None,) * 14
-        hidden, unembedding, bias, factor, loss, weight, *gradients, unit = ctx.saved_tensors
+            return (None,) * 17
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew
+        ties, (factor, loss, weight), gradients, unit = saved[:3], saved[3:6], saved[6:9], saved[9]
         needs = ctx.needs_input_grad
         upstream = grad_outputs[0]
         scale, values = upstream * unit, weight * loss
         scaled: Any
         if torch.compiler.is_compiling():  # traced by Dynamo
-            scaled = (*_scaled(scale, hidden.dtype, gradients), upstream * values)
+            scaled = (*_scaled(scale, ctx.dtype, gradients), upstream * values)
         elif torch.is_grad_enabled():
-            tied = (hidden, unembedding, bias, factor)
-            scaled = _Scale.apply(upstream, scale, values, *gradients, *tied)  # pyright: ignore
+            scaled = _Scale.apply(ctx.dtype, upstream, scale, values, *gradients, *ties, factor)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
             in_place = _checks.is_plain(scale) and not _graph_is_kept()
             scale_all = _scale_ if in_place else _scaled
-            scaled = (*scale_all(scale, hidden.dtype, gradients), upstream * values)
+            scaled = (*scale_all(scale, ctx.dtype, gradients), upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
         wanted = of_factor.to(factor.dtype) if needs[8] else None
-        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5
+        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 8
 
 
 class _Scale(_Once):
@@ -488,8 +502,8 @@ class _Scale(_Once):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        upstream, scale, values, *gradients, hidden = inputs[:7]
-        return *_scaled(scale, hidden.dtype, gradients), upstream * values
+        dtype, upstream, scale, values, *gradients = inputs[:7]
+        return *_scaled(scale, dtype, gradients), upstream * values
 
 
 def _scaled(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:

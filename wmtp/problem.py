@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide_dtype
 
 
 DEFAULT_SLAB_BYTES = 64 * 2**20
@@ -145,11 +146,6 @@ class Gradients(NamedTuple):
     unembedding: Tensor
     bias: Tensor
     unit: Tensor
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def targets_of(targets: Tensor, valid: Tensor) -> Tensor:

@@ -29,16 +29,12 @@ class Trajectories(NamedTuple):
         return self.trained & (still_to_come == 1)
 
 
-def find_trajectories(
-    values: Tensor, valid: Tensor, segment_ids: Tensor | None, attention_mask: Tensor | None
-) -> Trajectories:
-    """Read the trajectories from the mask of trained tokens and the documents."""
+def find_trajectories(values: Tensor, valid: Tensor, **descriptions: Tensor | None) -> Trajectories:
+    """Read the trajectories from the mask of trained tokens and the descriptions of documents."""
     _checks.rank_in("values", values, (2,), "[batch seq]")
     _checks.masks("valid", valid, "values", values)
     _checks.same_device(values=values, valid=valid)
-    documents = find_documents(
-        values, segment_ids=segment_ids, attention_mask=attention_mask, name="values"
-    )
+    documents = find_documents(values, **descriptions, name="values")
     trained = valid & documents.real
     continues = documents.continues()
     return Trajectories(trained, continues, shift_left(continues))

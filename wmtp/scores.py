@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int, Int64, Shaped
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import Objective, capped, predict, wide, with_heads
+from wmtp.cross_entropy import Objective, capped, predict, with_heads
 from wmtp.documents import shift_right
 from wmtp.scans import Trajectories, find_trajectories, scan_trained
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
@@ -74,8 +75,10 @@ def td_deltas(
     rewards: Float[Tensor, "batch seq"] | None = None,
     gamma: float = 1.0,
     initial_value: InitialValue = "first",
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
     attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    cu_seqlens: Int[Tensor, " boundaries"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """How much each token moved a critic's value.
 
@@ -98,9 +101,11 @@ def td_deltas(
         initial_value: ``V_{−1}``, for a trained token that is the first of its document. ``"first"``
             makes that token's δ exactly 0, which fits critics whose level means nothing (pairwise
             ranking); a float is used as it is, such as 0.5 for a calibrated probability.
-        segment_ids: ``[batch seq]``, equal within a document of a packed row.
-        attention_mask: ``[batch seq]``, 0 at padding. Needed for rows padded on the left without a
-            prompt: ``valid`` alone cannot tell padding from prompt.
+        attention_mask: as in ``mtp_targets``, like the other descriptions of documents. Needed for rows
+            padded on the left without a prompt: ``valid`` alone cannot tell padding from prompt.
+        position_ids: as in ``mtp_targets``.
+        segment_ids: as in ``mtp_targets``.
+        cu_seqlens: as in ``mtp_targets``.
 
     Returns:
         ``[batch seq]``, 0 where not valid; differentiable.
@@ -117,7 +122,14 @@ def td_deltas(
 
     Source: Sutton and Barto, "Reinforcement Learning", 2nd edition, equation 6.5.
     """
-    tracks = find_trajectories(values, valid, segment_ids, attention_mask)
+    tracks = find_trajectories(
+        values,
+        valid,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+    )
     return _deltas(values, rewards, gamma, initial_value, tracks)
 
 
@@ -130,8 +142,10 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     initial_value: InitialValue = "first",
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
     attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+    position_ids: Int[Tensor, "batch seq"] | None = None,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    cu_seqlens: Int[Tensor, " boundaries"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """Generalised advantage estimate of every trained token.
 
@@ -146,8 +160,10 @@ def gae(
         gamma: discount in [0, 1].
         lam: ``λ`` in [0, 1].
         initial_value: ``"first"`` or ``V_{−1}``.
-        segment_ids: ``[batch seq]`` or ``None``.
         attention_mask: ``[batch seq]`` or ``None``.
+        position_ids: ``[batch seq]`` or ``None``.
+        segment_ids: ``[batch seq]`` or ``None``.
+        cu_seqlens: ``[documents + 1]`` or ``None``.
 
     Returns:
         ``[batch seq]`` float32 or wider, 0 where not valid; differentiable.
@@ -164,7 +180,14 @@ def gae(
     Source: Schulman et al., arXiv:1506.02438, equation 16.
     """
     _checks.in_range("lam", lam, 0.0, 1.0)
-    tracks = find_trajectories(values, valid, segment_ids, attention_mask)
+    tracks = find_trajectories(
+        values,
+        valid,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+    )
     deltas = _deltas(values, rewards, gamma, initial_value, tracks)
     return scan_trained(deltas, gamma * lam, tracks)
 

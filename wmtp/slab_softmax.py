@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmtp._dtypes import wide_dtype
 from wmtp._kernels import kernels_for
-from wmtp.problem import RowLocal, Rows, wide_dtype
+from wmtp.problem import RowLocal, Rows
 from wmtp.products import parts
 
 
@@ -98,7 +99,8 @@ def reduce_columns(
     for tile in _tiles(logits, scratch):
         z, out = _widened(logits[tile], softcap, scratch)
         if with_best:
-            best[tile], best_at[tile] = _first_max(z)
+            best_at[tile] = z.argmax(1)
+            best[tile] = _at(z, best_at[tile])
         if with_sum:
             torch.sum(z, 1, out=total[tile])
         if not _exponentials(z, base[tile], out):
@@ -145,7 +147,7 @@ def gradient_over_rows(
         index, slab = wanted[tile].unsqueeze(1), logits[tile]
         z, out = _widened(slab, softcap, scratch)
         if with_correct:
-            correct[tile] = _first_max(z)[1] == wanted[tile]
+            correct[tile] = z.argmax(1) == wanted[tile]
         if label_smoothing:
             torch.mean(z, 1, out=mean[tile])
         if not _exponentials(z, shift[tile], out):
@@ -342,7 +344,7 @@ def _score(kind: str, p: Tensor, p_target: Tensor, p_others: Tensor) -> Tensor:
     if kind == "entropy":
         # Not as lse − Σ p z, whose terms are as large as the logits.
         return -(torch.xlogy(p, p).sum(1) + torch.xlogy(p_target, p_target))
-    return (_dot(p, p) + p_others.square()).sqrt()
+    return torch.hypot(torch.linalg.vector_norm(p, dim=1), p_others)  # pyright: ignore
 
 
 def _scales(base: Tensor) -> bool:
@@ -406,10 +408,6 @@ def _widened(slab: Tensor, softcap: float, scratch: Tensor) -> tuple[Tensor, Ten
     return slab, out
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.einsum("rv, rv -> r", a, b)
-
-
 def _within(wanted: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     inside = (wanted >= 0) & (wanted < columns)
     return inside, torch.where(inside, wanted, 0)
@@ -417,12 +415,6 @@ def _within(wanted: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 def _at(rows: Tensor, column: Tensor) -> Tensor:
     return rows.gather(1, column.unsqueeze(1)).squeeze(1)
-
-
-def _first_max(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest entry and the first column that has it."""
-    at = z.argmax(1)
-    return _at(z, at), at
 
 
 def _tiles(logits: Tensor, scratch: Tensor) -> Iterator[slice]:

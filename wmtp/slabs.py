@@ -280,7 +280,7 @@ def forward_guessing_rows(
     sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
     most = most_rows(problem, needs, problem.wide)
     slab, scratch = row_slab(problem, len(active), most)
-    slabs = len(list(parts(len(active), len(slab))))
+    slabs = -(-len(active) // max(1, len(slab)))
     for first in range(slabs):
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
         _put(found, block.rows, done)
@@ -554,7 +554,8 @@ def _add_gradients(
     x, logits = filled[: len(rows)], slab[: len(rows)]
     left = settled(left, logits, x, of_hidden, of_others)
     if into.hidden.numel():
-        of_x = slab[: len(filled)] @ weight
+        of_x = weight.new_empty(len(filled), weight.shape[1])
+        torch.mm(slab[: len(filled)], weight, out=of_x)  # `@` would follow autocast
         scale = of_hidden if left is None else of_hidden * left
         write_hidden(into.hidden, rows, of_x, scale, weight, wanted, of_hidden * at_target)
     scale, at_target = of_others if left is None else of_others * left, of_others * at_target

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
 from wmtp.normalize import check_weight_shapes
 
 
@@ -176,7 +176,7 @@ def _quantiles(
     last = (count - 1).clamp(min=0)
     place = torch.stack([last.double() * level for level in levels])
     below = place.floor().long()
-    above = torch.minimum(below + 1, (count - 1).clamp(min=0))
+    above = torch.minimum(below + 1, last)
     found = torch.lerp(ordered[below], ordered[above], (place - below).to(entries.dtype))
     return torch.where(count > 0, found, 0)
 

@@ -94,7 +94,8 @@ def mtp_targets(
             as they are), ``range(2, H + 2)`` for extra heads only. Tokens ``a b c d e``, ``H = 3``:
             position 0 targets ``b c d``, position 3 targets ``e`` and nothing else, position 4 nothing.
         ignore_index: the label that means "no target".
-        attention_mask: ``[batch seq]``, 0 at padding.
+        attention_mask: ``[batch seq]``, 0 at padding. Other numbers than 1, as some packing collators
+            give them, are equal within a document.
         position_ids: ``[batch seq]`` that restart with every document; any step other than +1 is a
             boundary.
         segment_ids: ``[batch seq]``, equal within a document.

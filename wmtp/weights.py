@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
 from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope, Scoped
 from wmtp.selection import select_top

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.cross_entropy import wide
 from wmtp.normalize import check_weight_shapes
 from wmtp.scopes import ProcessGroup, Scoped
 

@@ -314,8 +314,8 @@ SCORES = (
         "the last value of one packed document is the next one's V_{−1}",
         _issue("alibaba/ROLL", 447),
         "wmtp/scans.py",
-        "values, segment_ids=segment_ids, attention_mask=attention_mask,",
-        "values, attention_mask=attention_mask,",
+        'find_documents(values, **descriptions, name="values")',
+        'find_documents(values, name="values")',
         "test_scores.py",
     ),
 )

@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states and unembedding, never holding the logits.
+"""Cross entropy straight from hidden states and unembedding, holding logits within a budget only.
 
 The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bias``. What is computed
 when is in ``slabs.py``, how autograd and ``torch.compile`` see it in ``operators.py``.
@@ -66,15 +66,11 @@ def linear_mtp_ce_loss(
         softcap: positive bound of the logits, or ``None``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         slab_bytes: how many bytes to hold beside inputs and gradients, at least one row of logits. By
-            default 64 MiB of logits, or as many as the unembedding has if that is more; and for
-            bfloat16 and float16 what float32 sums of both gradients take beyond the gradients; on
-            CUDA also a copy of the hidden states and a float32 sum of them. On CUDA, in eager mode,
-            logits are kept until the backward pass: all if they fit in it, or else, unless gradients
-            can be made in the forward pass in less time, what fits in it and in the memory of the
-            unembedding's gradient, which every call then takes at once and not in its backward pass.
-            If the graph is kept for another they are made anew, in memory of their own. Where logits
-            are made anew, copies of the hidden states that count come on top: as they are and, on a
-            CPU, scaled, and their gradient in float32; on CUDA what these take beyond three quarters of it.
+            default 64 MiB or the unembedding's size, whichever is more, and for bfloat16 and float16
+            what float32 sums of both gradients take. On CUDA, in eager mode, logits that fit are kept
+            for the backward pass, which is fastest, and the default may hold all of them. For the
+            least memory give less, say 0.3 GiB: the same numbers, for up to one product more. What
+            comes on top, and what is kept where: see ``slab_layout.py``.
 
     Returns:
         A scalar, or ``[batch seq heads]`` for ``reduction="none"``. First-order gradients flow to

@@ -91,14 +91,17 @@ def weighted_mtp_loss(
             without a target may hold anything, NaN included: their gradient is exactly 0.
         labels: ``[batch seq]`` int64, unshifted: entry ``j`` is token ``x_j``, aligned here with
             ``offsets``; or ``[batch seq heads]`` from ``mtp_targets``, which packed rows need.
-        weights: ``None`` (ones); ``[batch seq]``, indexed by token and aligned here with ``offsets``;
+        weights: ``None`` (ones); ``[batch seq]``, indexed by token and aligned here with ``offsets``
+            (for labels of ``mtp_targets`` give the offsets that it was given);
             ``[batch seq heads]``, aligned with the logits; or a function
             ``(token_ce, valid) -> [batch seq heads]``, called with the detached plain cross entropy,
             such as ``partial(rho1_weights, reference_nll=nll)``; or ``RowLocalWeights("dft")`` and its
             like. Tensors that require grad get one.
         offsets: which token each head predicts, ``1, …, heads`` by default.
-        head_weights: ``λ``, one per head, at least 0, used as given: ``(1, 0.1, 0.1, 0.1)`` is
-            next-token loss plus 0.1 times each extra head's. ``1 / heads`` each by default.
+        head_weights: ``λ``, one per head, at least 0, used as given: with ``(1, 0.1, 0.1, 0.1)`` a
+            prediction of an extra head counts a tenth of a next-token one. ``1 / heads`` each by
+            default. All heads share ``Z``; for a mean of each head by itself, as Megatron takes it,
+            divide each ``λ`` by its head's count and give ``normalizer=1``.
         normalizer: the denominator ``Z``. ``"weights"``: a weighted mean, the scale of ``w`` is
             immaterial. ``"tokens"``: the number of valid predictions per head. A number or 0-d tensor,
             such as ``num_items_in_batch``: one count over the whole accumulation window and all

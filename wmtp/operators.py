@@ -9,8 +9,8 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-Where ``keeps_logits``, ``row_losses`` keeps logits for the backward pass, and where ``counts_late`` too
-nothing is gained by the other two.
+Where ``keeps_logits`` (CUDA, eager mode), ``row_losses`` keeps logits for the backward pass and takes three
+products as well; where ``counts_late`` it is the fastest of the three.
 """
 
 from collections.abc import Sequence
@@ -130,10 +130,10 @@ def keeps_logits(problem: Problem) -> bool:
 
 
 def counts_late(problem: Problem) -> bool:
-    """Whether nothing is gained by knowing what rows count before their losses.
+    """Whether to ask for losses first, whatever determines what they count: see above.
 
-    Where logits are kept, enough of them; and on a GPU where no gradient is wanted, which has its product
-    the sooner.
+    Where enough logits are kept; and on a GPU where no gradient is wanted, so that the one product that
+    there is begins sooner.
     """
     if keeps_logits(problem):
         return holds_better(problem, _needs(problem))

@@ -55,7 +55,7 @@ NOT_LOCAL = RowLocal("none", 1.0)
 
 
 class Problem(NamedTuple):
-    """The logits that nobody holds, ``hidden @ unembedding.T + bias``, and what is asked of them.
+    """Hidden states and unembedding, whose logits are never whole but by choice, and what is asked of them.
 
     Attributes:
         hidden: ``[rows dim]``.
@@ -109,7 +109,10 @@ class Problem(NamedTuple):
         return self.slab_bytes >= excess + max(excess, self.row_bytes)
 
     def only(self, counted: Tensor) -> "Problem":
-        """The same without the targets of rows that are not counted; but what does not exist stays."""
+        """The same with −1 as the target where not counted.
+
+        Targets outside the vocabulary stay, so that they are still refused.
+        """
         stays = counted | (self.target >= self.vocab)
         return self._replace(target=torch.where(stays, self.target, -1))
 

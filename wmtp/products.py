@@ -45,7 +45,7 @@ def filled_up(rows: int, most: int) -> int:
 def gathered(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
     """Some rows, in ascending order, and as many rows of zeros behind them as ``size`` asks for.
 
-    All of them are not copied.
+    No copy if all rows are asked for.
     """
     if len(rows) == len(hidden) == size and hidden.is_contiguous():
         return hidden

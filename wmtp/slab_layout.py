@@ -1,8 +1,15 @@
 """Where slabs of logits lie: how large they are within a budget, how far apart their rows, what is kept.
 
-A budget holds a slab and what is beside it: scratch, wide sums, copies of hidden states. Slabs that are
-kept for the backward pass may have more memory than that: the unembedding's gradient, which the backward
-pass will hand out, is as large as the logits of ``dim`` rows, and has nothing to hold until then.
+A budget holds a slab and what is beside it: scratch, wide sums, and on a GPU a copy of the hidden states
+and a wide sum of them. Where logits are made anew in the backward pass, copies of the hidden states that
+count come on top: as they are and, on a CPU, scaled, and their gradient in the wide dtype; on a GPU what
+these take beyond three quarters of the budget.
+
+On a GPU, in eager mode, logits are kept until the backward pass: all, if the budget holds them, or else,
+unless gradients can be made in the forward pass in less time, what fits in the budget and in the memory of
+the unembedding's gradient. That is as large as the logits of ``dim`` rows and has nothing to hold before
+the backward pass hands it out; every call then takes it at once. If the graph is kept for another backward
+pass they are made anew, in memory of their own.
 """
 
 from collections.abc import Sequence

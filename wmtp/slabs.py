@@ -66,7 +66,7 @@ _SHARE_WORTHWHILE = 0.75
 _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
 _NEAR = 8
-# For how many different numbers of rows there is memory that is kept until the backward pass.
+# The number of rows that are kept is rounded up to one of so many, so that an allocator can reuse memory.
 _SIZES = 8
 
 
@@ -96,8 +96,9 @@ def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
 def holds_better(problem: Problem, needs: Sequence[bool]) -> bool:
     """Whether that is faster than gradients made in the forward pass, where one could do either.
 
-    These take three products, if the budget has room for wide sums or the unembedding's is not wanted, and
-    the sums take a GPU as long as a part of one. Or else they take four, and every kept slab saves some.
+    These take three products, where the budget has room for wide sums or the unembedding's is not wanted,
+    and a GPU adds up wide sums in a part of the time of one. Else they take four, of which every kept slab
+    saves a part.
     """
     if needs[1] and not problem.holds_wide(needs):
         return True
@@ -127,7 +128,7 @@ def _rows_of(problem: Problem, counted: Tensor) -> Tensor:
     The one deliberate synchronisation before it; so here labels that do not exist are refused: whether
     there are any is known by the time the rows are.
     """
-    # On its way before the wait for the number of rows, which is for both; of no rows nobody may wait.
+    # Sent before `nonzero` waits, so that one wait is for both. Of no rows nothing waited: it is not read.
     wrong = (problem.target >= problem.vocab).any().to("cpu", non_blocking=True)
     rows = counted.nonzero().squeeze(1)
     if len(counted) and wrong:

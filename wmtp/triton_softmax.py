@@ -1,14 +1,14 @@
 """The row work of the linear losses as Triton kernels: softmax, loss and gradient over a slab of logits.
 
-Drop-ins for the functions of the same names in torch operations, for float32, bfloat16 and float16
+Counterparts of the functions of the same names in torch operations, for float32, bfloat16 and float16
 slabs on CUDA. There the operations would each read and write the slab once more; here a slab is read
 once for what is known of its rows, and once more and written for its gradient.
 
 What all kernels share:
 
 * The slab is ``[rows cols]`` with columns side by side; rows may lie further apart than ``cols``. If they
-  start at multiples of 16 columns, what is between a row and the next multiple is its own, to be written
-  anything to: loads and stores are of vectors then, whatever ``cols`` is.
+  start at multiples of 16 columns, what lies between ``cols`` and the next such multiple may be written
+  over: loads and stores are of vectors then, whatever ``cols`` is.
   Offsets of rows are 64-bit, because a slab may hold more than 2³¹ logits.
 * All arithmetic is in float32. Sums are kept per lane of a block and added up at the end of a row, so
   that a block costs one reduction, that of its maximum. Nothing is atomic: results are reproducible.

@@ -29,8 +29,8 @@ from wmtp import (
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
     operators,
+    slab_columns,
     slab_layout,
-    slabs,
     weighted_mtp_loss,
     weighted_mtp_loss_and_stats,
 )
@@ -79,7 +79,7 @@ def held_logits(form: str = "held") -> Iterator[None]:
     with ExitStack() as stack:
         if form != "linear":
             layout = layout_within_little if form == "lent" else layout_of_all
-            stack.enter_context(mock.patch.object(slabs, "held_layout", layout))
+            stack.enter_context(mock.patch.object(slab_columns, "held_layout", layout))
             stack.enter_context(
                 mock.patch.multiple(
                     operators,

@@ -18,7 +18,7 @@ from torch import Tensor
 import wmtp
 from tests.helpers import close, leaf
 from tests.strategies import IGNORE, integers, mask, normal, uniform
-from wmtp.slabs import corrected_rows
+from wmtp.slab_rows import corrected_rows
 
 
 ROWS, SEQ, HEADS = 5, 7, 2

@@ -32,13 +32,8 @@ from wmtp import (
 )
 from wmtp.methods import early_rho1
 from wmtp.problem import NOT_LOCAL, Gradients
-from wmtp.slabs import (
-    can_guess,
-    corrected_rows,
-    forward_backward_rows,
-    forward_columns,
-    forward_guessing_rows,
-)
+from wmtp.slab_columns import forward_columns
+from wmtp.slab_rows import can_guess, corrected_rows, forward_backward_rows, forward_guessing_rows
 
 
 ALL = [True, True, True]

@@ -50,7 +50,7 @@ from wmtp import (
     linear_weighted_mtp_loss,
     mtp_targets,
     rho1_weights,
-    slabs,
+    slab_columns,
     top_k_weights,
     weighted_mtp_loss,
 )
@@ -454,13 +454,13 @@ def test_what_known_weights_count_is_not_looked_at_again(monkeypatch: pytest.Mon
     labels, weights = integers(1, 9, 2, 7, 2), uniform(2, 2, 7, 2) * mask(3, 0.5, 2, 7, 2)
     leaves = [leaf(normal(n, *shape)) for n, shape in ((4, (2, 7, 2, 4)), (5, (9, 4)), (6, (9,)))]
     looked: list[int] = []
-    move = slabs._moved_together
+    move = slab_columns._moved_together
 
     def moved(count: Tensor, size: Tensor) -> Tensor:
         looked.append(len(count))
         return move(count, size)
 
-    monkeypatch.setattr(slabs, "_moved_together", moved)
+    monkeypatch.setattr(slab_columns, "_moved_together", moved)
     apply("held", leaves, labels, weights).backward()
     assert looked == []
     apply("held", leaves, labels, weights, stats=True)[0].backward()

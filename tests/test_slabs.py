@@ -30,21 +30,15 @@ from wmtp import (
     linear_weighted_mtp_loss,
     operators,
     rho1_weights,
+    slab_columns,
     slab_layout,
+    slab_rows,
     slab_softmax,
-    slabs,
 )
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
+from wmtp.slab_columns import backward_columns, backward_held, forward_columns, forward_held
 from wmtp.slab_layout import gradient_dtype
-from wmtp.slabs import (
-    backward_columns,
-    backward_held,
-    corrected_rows,
-    forward_backward_rows,
-    forward_columns,
-    forward_guessing_rows,
-    forward_held,
-)
+from wmtp.slab_rows import corrected_rows, forward_backward_rows, forward_guessing_rows
 
 
 ROWS, DIM = 64, 8
@@ -448,7 +442,7 @@ def test_copied_hidden_states_are_told_from_the_slab(
         told.append(arguments[2])
         return slab_layout.column_slab(*arguments)
 
-    monkeypatch.setattr(slabs, "column_slab", noted)
+    monkeypatch.setattr(slab_columns, "column_slab", noted)
     target = integers(2, 10, 20).index_fill(0, torch.arange(missing), -1)
     asked = problem(normal(0, 20, DIM), normal(1, 10, DIM), target)
     found = forward_columns(asked, False)
@@ -480,7 +474,7 @@ def test_rows_of_a_slab_may_lie_further_apart(
 
     alone = found()
     monkeypatch.setattr(slab_layout, "_ALIGNED_COLUMNS_GPU", 40)
-    for module in (slabs, slab_layout):
+    for module in (slab_columns, slab_layout):
         monkeypatch.setattr(module, "row_stride", lambda _, columns: columns + -columns % 40)
     rounding = 1e-12 if dtype == torch.float64 else 2**-7
     for one, other in zip(found(), alone, strict=True):
@@ -808,7 +802,7 @@ def test_what_is_kept_has_few_sizes_however_many_rows_there_are(
         told.append((rows, all_count))
         return layout_of_all(asked, rows, [True, True], all_count)
 
-    monkeypatch.setattr(slabs, "held_layout", layout)
+    monkeypatch.setattr(slab_columns, "held_layout", layout)
     target = torch.where(torch.randperm(80, generator=torch.Generator()) < count, 1, -1)
     asked = problem(normal(0, 80, DIM), normal(1, 50, DIM), target)
     _, held = forward_held(asked, [True, True, False], False, all_count)
@@ -832,21 +826,21 @@ def test_a_gpu_sums_the_gradient_of_a_bias_without_a_wide_copy(dtype: torch.dtyp
         wanted = total + (factor * logits.double()).sum(0).float()
         for there in (logits, logits.as_subclass(OnGpu)):
             found = total.clone()
-            slabs._add_to_bias(asked, found, there, scale)
+            slab_columns.add_to_bias(asked, found, there, scale)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     if dtype == torch.bfloat16:
         # Without a scale nothing is widened by parts.
-        with mock.patch.object(slabs, "parts", side_effect=AssertionError):
-            slabs._add_to_bias(asked, total, logits.as_subclass(OnGpu), None)
+        with mock.patch.object(slab_columns, "parts", side_effect=AssertionError):
+            slab_columns.add_to_bias(asked, total, logits.as_subclass(OnGpu), None)
 
 
 def test_a_float16_unit_is_found_without_a_copy() -> None:
     weight, factor = normal(0, 4096, 64).half(), torch.full((10,), 1e-6)
     negative, unit = -200 * weight.abs(), []
-    peak = peak_bytes(lambda: unit.append(slabs._unit(factor, weight, negative)))
+    peak = peak_bytes(lambda: unit.append(slab_columns.unit_of(factor, weight, negative)))
     assert peak < 2 * weight.numel()
     # The largest number is taken by its size.
-    assert slabs._unit(factor, -negative) == unit[0] > slabs._unit(factor, weight)
+    assert slab_columns.unit_of(factor, -negative) == unit[0] > slab_columns.unit_of(factor, weight)
 
 
 @pytest.mark.parametrize(("kept", "of"), [(1, 1), (3, 5), (4, 5), (5, 5)])
@@ -856,7 +850,7 @@ def test_only_logits_that_are_not_kept_are_made_anew(
 ) -> None:
     vocab, columns = 100, 100 // of
     layout = slab_layout.HeldLayout(columns, own=1, lent=kept - 1, slabs=of)
-    monkeypatch.setattr(slabs, "held_layout", lambda *_: layout)
+    monkeypatch.setattr(slab_columns, "held_layout", lambda *_: layout)
     x, unembedding = normal(0, ROWS, 256), normal(1, vocab, 256)
     asked = problem(x, unembedding, integers(2, vocab, ROWS))
     upstream = (torch.arange(ROWS) < 16).double()
@@ -891,7 +885,7 @@ def test_without_room_for_wide_sums_logits_are_kept_where_they_may_be(
         return forward_backward_rows(asked, factor, NOT_LOCAL, True, every_row, needs)
 
     right, wanted = made()
-    with held_logits(form), mock.patch.object(slabs, "can_hold", return_value=True):
+    with held_logits(form), mock.patch.object(slab_rows, "can_hold", return_value=True):
         found, gradients = made()
         cost = operations(made)
     for one, other in zip(told(found), told(right), strict=True):
@@ -954,7 +948,7 @@ def test_sizes_that_a_compiler_has_left_open_stay_open() -> None:
 def test_rows_that_count_are_moved_together_from_behind(count: list[int]) -> None:
     kept = torch.tensor(count, dtype=torch.bool)
     size = int(kept.sum())
-    source = slabs._moved_together(kept, kept.sum())[:size].tolist()
+    source = slab_columns._moved_together(kept, kept.sum())[:size].tolist()
     assert sorted(source) == [place for place, one in enumerate(count) if one]
     assert all(at == place or at >= size for place, at in enumerate(source))
 
@@ -964,13 +958,13 @@ def test_all_logits_are_held_on_a_gpu_where_they_fit_with_what_is_beside_them() 
     asked = problem(x.as_subclass(OnGpu), x[:5], torch.zeros(6, dtype=torch.int64))
     # Rows of 64 logits, a copy of the hidden states, a float32 sum of them.
     size = 6 * 64 * 2 + 6 * DIM * (2 + 4)
-    assert slabs.can_hold(asked._replace(slab_bytes=size), needs)
-    assert not slabs.can_hold(asked._replace(slab_bytes=size - 1), needs)
-    assert not slabs.can_hold(asked._replace(slab_bytes=size), [False] * 3)
-    assert not slabs.can_hold(asked._replace(slab_bytes=size, hidden=x), needs)
+    assert slab_columns.can_hold(asked._replace(slab_bytes=size), needs)
+    assert not slab_columns.can_hold(asked._replace(slab_bytes=size - 1), needs)
+    assert not slab_columns.can_hold(asked._replace(slab_bytes=size), [False] * 3)
+    assert not slab_columns.can_hold(asked._replace(slab_bytes=size, hidden=x), needs)
     # A bias lets no space between the rows.
     with_bias = asked._replace(bias=x[0, :5], slab_bytes=6 * 5 * 2 + 6 * DIM * (2 + 4))
-    assert slabs.can_hold(with_bias, needs)
+    assert slab_columns.can_hold(with_bias, needs)
 
 
 @pytest.mark.parametrize("needs", [True, False])

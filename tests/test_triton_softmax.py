@@ -30,7 +30,9 @@ kernels = importlib.import_module("wmtp.triton_softmax")
 target_kernels = importlib.import_module("wmtp.triton_target_rows")
 wmtp = importlib.import_module("wmtp")
 slab_softmax = importlib.import_module("wmtp.slab_softmax")
-problem, slabs = (importlib.import_module(f"wmtp.{name}") for name in ("problem", "slabs"))
+problem, slab_columns, slab_rows = (
+    importlib.import_module(f"wmtp.{name}") for name in ("problem", "slab_columns", "slab_rows")
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHTINGS = ["none", "dft", "focal", "entropy", "el2n"]
@@ -756,19 +758,21 @@ def test_schedules_take_the_route_of_a_gpu(
     def found(moved: Callable[[Tensor], Tensor]) -> list[Tensor]:
         *given, scale = map(moved, (x, unembedding, unembedding[:, 0], target, factor))
         asked = problem.Problem(*given, 0.0, 0.0, 0.0, slab_bytes)._replace(**options)
-        columns = slabs.forward_columns(asked, True)
-        later = slabs.backward_columns(asked, scale, columns.base, columns.log_sum, needs)
+        columns = slab_columns.forward_columns(asked, True)
+        later = slab_columns.backward_columns(asked, scale, columns.base, columns.log_sum, needs)
         dft = problem.RowLocal("dft", 1.0)
-        local, known = slabs.forward_backward_rows(asked, scale, dft, True, True, needs)
-        first, made, guessed = slabs.forward_guessing_rows(asked, guess, True, needs)
-        made = slabs.corrected_rows(asked, guessed, scale, made, needs)
+        local, known = slab_rows.forward_backward_rows(asked, scale, dft, True, True, needs)
+        first, made, guessed = slab_rows.forward_guessing_rows(asked, guess, True, needs)
+        made = slab_rows.corrected_rows(asked, guessed, scale, made, needs)
         all_rows, all_gradients = [columns, local, first], [later, known, made]
         for form in ("held", "lent"):
             with held_logits(form):
-                kept, held = slabs.forward_held(asked, needs, True, False)
+                kept, held = slab_columns.forward_held(asked, needs, True, False)
                 assert (len(held.lent) > 0) == (form == "lent")
                 some = scale * (scale > 0.5)
-                used = slabs.backward_held(asked, some, kept.base, kept.log_sum, needs, held, False)
+                used = slab_columns.backward_held(
+                    asked, some, kept.base, kept.log_sum, needs, held, False
+                )
             all_rows.append(kept)
             all_gradients.append(used)
         numbers = [x * some.unit for some in all_gradients for x in some[:3]]

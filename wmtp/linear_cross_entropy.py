@@ -1,7 +1,8 @@
 """Cross entropy straight from hidden states and unembedding, holding logits within a budget only.
 
 The same numbers as ``cross_entropy.py`` gives on ``hidden @ unembedding.T + bias``. What is computed
-when is in ``slabs.py``, how autograd and ``torch.compile`` see it in ``operators.py``.
+when is in ``slab_columns.py`` and ``slab_rows.py``, how autograd and compilers see it in
+``operators.py``.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The schedules of ``slabs.py`` as operators that autograd and ``torch.compile`` know.
+"""The walks of ``slab_columns.py`` and ``slab_rows.py`` as operators that autograd and compilers know.
 
 Three custom operators, opaque to the compiler and with fake implementations, and two functions with
 first-order gradients over them:
@@ -23,19 +23,21 @@ from torch.autograd import forward_ad
 from wmtp import _checks
 from wmtp._dtypes import wide_dtype
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
-from wmtp.slab_layout import Held, gradient_dtype
-from wmtp.slabs import (
-    Guess,
+from wmtp.slab_columns import (
     backward_columns,
     backward_held,
-    can_guess,
     can_hold,
-    corrected_rows,
-    forward_backward_rows,
     forward_columns,
-    forward_guessing_rows,
     forward_held,
     holds_better,
+)
+from wmtp.slab_layout import Held, gradient_dtype
+from wmtp.slab_rows import (
+    Guess,
+    can_guess,
+    corrected_rows,
+    forward_backward_rows,
+    forward_guessing_rows,
 )
 
 

@@ -439,9 +439,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", "_MOST_LEFT = 2.0**100", "_MOST_LEFT = 2.0**101"): _THRESHOLD,
     ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
     ("slab_softmax", "_PROBABLE = math.exp(-8.0)", "_PROBABLE = math.exp(-9.0)"): _THRESHOLD,
-    ("slabs", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
-    ("slabs", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
-    ("slabs", "_NEAR = 8", "_NEAR = 9"): _THRESHOLD,
+    ("slab_rows", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
+    ("slab_rows", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
+    ("slab_rows", "_NEAR = 8", "_NEAR = 9"): _THRESHOLD,
     (
         "slab_softmax",
         "total = chosen.new_empty(rows if with_sum else 0)",
@@ -469,7 +469,7 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", _BEST_AT, _BEST_AT.replace("if with_best", "if (with_best) or True")): _UNREAD,
     ("slab_softmax", _BEST_AT, _BEST_AT.replace("else 0", "else 1")): _UNREAD,
     (
-        "slabs",
+        "slab_columns",
         "problem.label_smoothing > 0, scratch,",
         "problem.label_smoothing >= 0, scratch,",
     ): "The sum of the logits is made, and not looked at.",
@@ -484,67 +484,67 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "step = max(1, len(scratch) // max(2, columns))",
     ): _CUT,
     (
-        "slabs",
+        "slab_columns",
         "for column, values in zip(found, done, strict=True):",
         "for column, values in zip(found, done, ):",
     ): _SAME_FIELDS,
     (
-        "slabs",
+        "slab_columns",
         "for column, values in zip(found, done, strict=True):",
         "for column, values in zip(found, done, strict=False):",
     ): _SAME_FIELDS,
     (
-        "slabs",
+        "slab_rows",
         "left = torch.where(weighted, -1, problem.target)",
         "left = torch.where(weighted, -2, problem.target)",
     ): _NO_TARGET,
     (
-        "slabs",
+        "slab_columns",
         "filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))",
         "filled = gathered(problem.hidden, active, filled_up(len(active), 3 * len(active)))",
     ): _CUT,
     (
-        "slabs",
+        "slab_columns",
         "sum_dtype = weight.dtype if rows >= len(active) else problem.wide",
         "sum_dtype = weight.dtype if (rows >= len(active)) and False else problem.wide",
     ): "One product alone, rounded once: a slice of memory more.",
     (
-        "slabs",
+        "slab_columns",
         "sum_dtype = weight.dtype if rows >= len(active) else problem.wide",
         "sum_dtype = weight.dtype if rows > len(active) else problem.wide",
     ): "One product alone, rounded once: a slice of memory more.",
     (
-        "slabs",
+        "slab_columns",
         "if needs[1] and sum_dtype != of_weight.dtype:",
         "if needs[1] or sum_dtype != of_weight.dtype:",
     ): "Where the gradient is not wanted it is empty: nothing is written to nothing.",
     (
-        "slabs",
+        "slab_rows",
         "for column, values in zip(found, more, strict=True):",
         "for column, values in zip(found, more, ):",
     ): _SAME_FIELDS,
     (
-        "slabs",
+        "slab_rows",
         "for column, values in zip(found, more, strict=True):",
         "for column, values in zip(found, more, strict=False):",
     ): _SAME_FIELDS,
     (
-        "slabs",
+        "slab_columns",
         "largest = torch.maximum(largest, operand_size.nan_to_num(1.0))",
         "largest = torch.maximum(largest, operand_size.nan_to_num(2.0))",
     ): "What comes of NaN is NaN.",
     (
-        "slabs",
+        "slab_columns",
         "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)",
         "total = factor.abs().sum() / (2.0**15 / largest).clamp(max=128)",
     ): "How near to the largest float16 a product may come.",
     (
-        "slabs",
+        "slab_columns",
         "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=128)",
         "total = factor.abs().sum() / (2.0**14 / largest).clamp(max=129)",
     ): "How near to the largest float16 a product may come.",
     (
-        "slabs",
+        "slab_columns",
         "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
         "for part in parts(len(logits), problem.slab_bytes // 33 // size):",
     ): _CUT,
@@ -609,19 +609,19 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return (None,) * 15",
     ): "Autograd drops what is None beyond the inputs.",
     (
-        "slabs",
+        "slab_rows",
         "own = own if x.dtype == torch.float16 else None",
         "own = own if (x.dtype == torch.float16) or True else None",
     ): "The unit of any other dtype is 1.",
     (
-        "slabs",
-        "of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
-        "of_x = _unfilled(x, filled.shape if (needs[0]) or True else (0,), problem.wide, active)",
+        "slab_columns",
+        "of_x = unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
+        "of_x = unfilled(x, filled.shape if (needs[0]) or True else (0,), problem.wide, active)",
     ): _UNREAD,
     (
-        "slabs",
-        "of_x = _unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
-        "of_x = _unfilled(x, filled.shape if needs[0] else (1,), problem.wide, active)",
+        "slab_columns",
+        "of_x = unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)",
+        "of_x = unfilled(x, filled.shape if needs[0] else (1,), problem.wide, active)",
     ): _UNREAD,
     (
         "loss",
@@ -848,93 +848,93 @@ _explain(
 )
 
 _LINE = "_BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192"
-_explain("slabs", _LINE, ("4096", "4097", _SPEED), ("8192", "8193", _SPEED))
+_explain("slab_columns", _LINE, ("4096", "4097", _SPEED), ("8192", "8193", _SPEED))
 _LINE = "block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS"
 _explain(
-    "slabs",
+    "slab_columns",
     _LINE,
     ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) and False", _SPEED),
     ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) or True", _SPEED),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)",
     ("16", "17", _CUT),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "laid_out(problem, cells, rows, columns), problem.slab_bytes // 16, sum_cells(problem)",
     ("16", "17", _CUT),
 )
 _explain(
-    "slabs",
+    "slab_rows",
     "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)",
     ("<=", "<", _THRESHOLD),
 )
-_explain("slabs", "hidden.new_ones((), dtype=dtype),", ("dtype=dtype", "", "1 in any dtype."))
+_explain("slab_rows", "hidden.new_ones((), dtype=dtype),", ("dtype=dtype", "", "1 in any dtype."))
 _explain(
-    "slabs",
+    "slab_rows",
     "sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen",
     ("len(active)", "(len(active)) or True", "Without rows there is none to be sure of."),
     ("<=", "<", _THRESHOLD),
 )
 _UNIT = "The unit, which is 1 here and not looked at."
 _explain(
-    "slabs",
-    "finite = all(bool(gradient.sum().isfinite()) for gradient in made[:3])",
+    "slab_rows",
+    "finite = bool(torch.stack([gradient.sum() for gradient in made[:3]]).isfinite().all())",
     ("3", "4", _UNIT),
 )
-_explain("slabs", "for gradient in made[:3]:", ("3", "4", _UNIT))
-_explain("slabs", "if len(active) > len(count) or not finite:", (">", ">=", _THRESHOLD))
+_explain("slab_rows", "for gradient in made[:3]:", ("3", "4", _UNIT))
+_explain("slab_rows", "if len(active) > len(count) or not finite:", (">", ">=", _THRESHOLD))
 _explain(
-    "slabs",
+    "slab_rows",
     "block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)",
     ("False", "True", "Asked and thrown away: time."),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "place = torch.arange(len(count), device=count.device)",
     ("device=count.device", "", _GPU_ONLY),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "room = min(every, len(active) + -len(active) % max(1, -(-every // _SIZES)))",
     ("max(1", "max(2", _ROOM),
 )
 _LINE = 'wrong = (problem.target >= problem.vocab).any().to("cpu", non_blocking=True)'
 _WAIT = "Where it is and whether it is waited for; there is no other device without a GPU."
 _explain(
-    "slabs",
+    "slab_columns",
     _LINE,
     ('"cpu", non_blocking=True', "non_blocking=True", _WAIT),
     ("non_blocking=True", "", _WAIT),
     ("True", "False", _WAIT),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
     ("32", "33", _CUT),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor",
     ("+", "-", "How near to the largest float16 a product may come."),
 )
 _LINE = "for number, part in enumerate(parts(problem.vocab if len(active) else 0, columns)):"
 _explain(
-    "slabs",
+    "slab_columns",
     _LINE,
     ("if len(active)", "if (len(active)) or True", "A walk over no rows."),
     ("else 0", "else 1", "A walk over no rows."),
 )
 _explain(
-    "slabs",
+    "slab_rows",
     "move_up(slab, kept, problem.slab_bytes // 16, scratch)",
     ("//", "/", _ON_GPU),
     ("16", "17", _ON_GPU),
 )
 _explain(
-    "slabs",
+    "slab_rows",
     "left = settled(left, logits, x, of_hidden, of_others)",
     (
         "of_others",
@@ -943,12 +943,12 @@ _explain(
     ),
 )
 _explain(
-    "slabs",
+    "slab_rows",
     "own = own if x.dtype == torch.float16 else None",
     ("x.dtype == torch.float16", "(x.dtype == torch.float16) or True", "Times 1: time."),
 )
 _explain(
-    "slabs",
+    "slab_columns",
     "fill = like.new_empty if len(active) else like.new_zeros",
     ("len(active)", "(len(active)) and False", "Zeros that the first product writes over: time."),
 )
@@ -1026,7 +1026,7 @@ _explain(
 )
 
 _explain(
-    "slabs",
+    "slab_rows",
     "found, held = forward_held(asked, needs, with_correct, not every_row)",
     ("not every_row", "every_row", "How much is kept: time."),
 )

@@ -54,6 +54,7 @@ ORDER = [
     "whitening",
     "weights",
     "methods",
+    "guesses",
     "combine",
     "controls",
     "loss",

@@ -30,7 +30,7 @@ from wmtp import (
     top_k_weights,
     weighted_mtp_loss,
 )
-from wmtp.methods import early_rho1
+from wmtp.guesses import early_rho1
 from wmtp.problem import NOT_LOCAL, Gradients
 from wmtp.slab_columns import forward_columns
 from wmtp.slab_rows import can_guess, corrected_rows, forward_backward_rows, forward_guessing_rows

@@ -105,3 +105,15 @@ def test_only_float16_rows_that_z_loss_has_made_large_are_divided() -> None:
         assert found is not None
         assert bool((found == power).all())
         assert bool((slab == 1 / power).all())
+
+
+def test_whether_a_scaled_sum_rounds_once_does_not_depend_on_defaults() -> None:
+    ask = slab_softmax._rounds_once.__wrapped__
+    known, before = ask(torch.device("cpu")), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert ask(torch.device("cpu")) == known
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        assert ask(torch.device("cpu")) == known

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from tests.helpers import OnGpu, leaf, operations, peak_bytes
+from tests.helpers import OnGpu, grads, leaf, operations, peak_bytes
 from tests.loss_forms import held_logits, layout_of_all
 from tests.strategies import integers, mask, normal, uniform
 from wmtp import (
@@ -991,6 +991,29 @@ def test_held_rows_whose_loss_nobody_uses_enter_no_product_of_the_backward_pass(
             found = linear_token_nll(x, unembedding, labels)
         cost = operations(found.flatten()[1 : 1 + used].sum().backward)
     assert cost == 2 * used * vocab * DIM * 2
+
+
+@pytest.mark.parametrize("form", ["held", "used up", "lent"])
+def test_several_upstream_gradients_at_once_use_no_held_logits_up(form: str) -> None:
+    x, unembedding = leaf(normal(0, 1, 6, 99)), leaf(normal(1, 50, 99))
+    upstreams = normal(3, 3, 1, 6, 1)
+
+    def loss() -> Tensor:
+        return linear_mtp_ce_loss(
+            x, unembedding, integers(2, 50, 1, 6), offsets=[0], reduction="none"
+        )
+
+    with held_logits(form):
+        if form == "held":
+            found = torch.autograd.grad(loss(), [x, unembedding], upstreams, is_grads_batched=True)
+        else:
+            with mock.patch.object(operators, "_graph_is_kept", return_value=False):
+                found = torch.autograd.grad(
+                    loss(), [x, unembedding], upstreams, is_grads_batched=True
+                )
+    for number, upstream in enumerate(upstreams):
+        for many, one in zip(found, grads(loss(), [x, unembedding], upstream), strict=True):
+            torch.testing.assert_close(many[number], one, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

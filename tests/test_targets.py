@@ -120,6 +120,8 @@ def test_packed_by_cu_seqlens_equals_separate_documents(
     labels = integers(seed, 9, 1, packing.seq)
     packed = mtp_targets(labels, heads, cu_seqlens=packing.cu_seqlens.int())
     by_segment = mtp_targets(labels, heads, segment_ids=packing.segment_ids)
+    numbered = mtp_targets(labels, heads, attention_mask=packing.segment_ids)
+    assert torch.equal(numbered, by_segment)
     assert torch.equal(packed, by_segment)
 
 

@@ -5,6 +5,7 @@ The README's two tables are made here: `python -m tests.test_transforms` prints 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -719,6 +720,25 @@ def test_the_readme_holds_these_tables() -> None:
 
 
 # ------------------------------------------------------------------------------- shards and errors
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.parametrize("heads", [0, 1, 3])
+def test_modules_can_be_sharded(heads: int) -> None:
+    module = wmtp.MTPHeads(DIM, heads) if heads else wmtp.ValueHead(DIM)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    twin, hidden = copy.deepcopy(module), leaf(normal(0, 2, 5, DIM).float())
+    with one_rank() as mesh:
+        fully_shard(module, mesh=mesh)
+        module(hidden).square().sum().backward()
+        found = [hidden.grad, *(x.grad.full_tensor() for x in module.parameters())]  # type: ignore[union-attr]
+    expected = leaf(hidden)
+    twin(expected).square().sum().backward()
+    for here, there in zip(found, [expected, *twin.parameters()], strict=True):
+        assert here is not None
+        assert there.grad is not None
+        close(here, there.grad, torch.float32)
 
 
 def test_an_fsdp_parameter_is_refused_until_it_is_gathered() -> None:

@@ -21,8 +21,8 @@ from wmtp import _checks
 from wmtp._dtypes import wide
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict
+from wmtp.guesses import asks_ranks, check_rho1_offsets, early_rho1
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.methods import asks_ranks, check_rho1_offsets, early_rho1
 from wmtp.operators import counts_late
 from wmtp.problem import Problem
 from wmtp.row_local import (

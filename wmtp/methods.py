@@ -5,10 +5,7 @@ What is said there of all weights holds here. Those whose first two arguments ar
 ``weights=partial(rho1_weights, reference_nll=nll)``.
 """
 
-import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -21,7 +18,7 @@ from wmtp.documents import find_documents
 from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
 from wmtp.scopes import ProcessGroup, Scope
 from wmtp.scores import InitialValue, excess_loss, gae, group_advantages
-from wmtp.targets import Offsets, resolve_offsets
+from wmtp.targets import Offsets
 from wmtp.weights import (
     check_share,
     check_temperature,
@@ -29,7 +26,6 @@ from wmtp.weights import (
     exp_weights,
     softmax_weights,
     top_k_weights,
-    weight_if_kept,
 )
 from wmtp.whitening import WhiteningStatistics
 
@@ -96,46 +92,6 @@ def rho1_weights(
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
     return softmax_weights(scores, valid, temperature=temperature, scope=scope, group=group)
-
-
-def check_rho1_offsets(weights: object, offsets: Offsets | None, heads: int) -> None:
-    """Refuse a ``partial`` of ``rho1_weights`` that looks elsewhere than the loss it is given to."""
-    if offsets is None or not isinstance(weights, partial) or weights.func is not rho1_weights:
-        return
-    reference, given = weights.keywords.get("reference_nll"), weights.keywords.get("offsets")
-    aligned = isinstance(reference, Tensor) and reference.dim() == 3
-    steps = resolve_offsets(offsets)
-    if not aligned and resolve_offsets(heads if given is None else given) != steps:
-        raise ValueError(
-            f"offsets of rho1_weights must be those of the loss, {steps}, got {given}; "
-            "give them to the partial too"
-        )
-
-
-def asks_ranks(weights: object) -> bool:
-    """Whether these may be a selection over ranks, whose ``early_rho1`` asks the others."""
-    return isinstance(weights, partial) and weights.keywords.get("group") is not None
-
-
-def early_rho1(
-    weights: object, valid: Tensor, dtype: torch.dtype
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor] | None:
-    """Of a ``partial`` of ``rho1_weights`` what can be asked early, and what an entry weighs if kept.
-
-    The first is the same selection without other ranks, which may be asked at another time than this
-    one. ``None`` for all else: for functions that may not be called before the cross entropy of all is
-    known, for softmaxes, whose weights cannot be told before, and for arguments that will be refused.
-    """
-    if not isinstance(weights, partial) or weights.func is not rho1_weights or weights.args:
-        return None
-    asked = inspect.unwrap(rho1_weights).__kwdefaults__ | weights.keywords
-    keep, scope = asked["keep"], asked["scope"]
-    if asked["mode"] != "top_k" or scope not in get_args(Scope):
-        return None
-    if not isinstance(keep, int | float) or not 0 < keep <= 1:
-        return None
-    kept = weight_if_kept(valid, keep, scope, asked["group"], dtype)
-    return partial(rho1_weights, **(weights.keywords | {"group": None})), kept
 
 
 @typed

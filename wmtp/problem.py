@@ -92,6 +92,11 @@ class Problem(NamedTuple):
         """Size of one row of logits."""
         return self.vocab * self.hidden.dtype.itemsize
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What of the budget is for scratch, a sixteenth; slabs of rows have the other fifteen."""
+        return self.slab_bytes // 16
+
     def wide_excess(self, needs: Sequence[bool]) -> int:
         """By how many bytes wide gradients for hidden states and unembedding exceed narrow ones."""
         # Not a product with the bool: torch 2.11 cannot multiply one with a symbolic size.

@@ -174,7 +174,7 @@ def _found_in_columns(
     The last columns come first: if some are held, the first are left in the cells when all are done.
     """
     found: Rows | None = None
-    scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)
+    scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.scratch_bytes)
     for some in parts(len(active), rows):
         block = active[some]
         size = filled_up(len(block), rows)
@@ -314,7 +314,7 @@ def _summed_over_columns(
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
     scratch = scratch_for(
-        laid_out(problem, cells, rows, columns), problem.slab_bytes // 16, sum_cells(problem)
+        laid_out(problem, cells, rows, columns), problem.scratch_bytes, sum_cells(problem)
     )
     for number, part in enumerate(parts(problem.vocab if len(active) else 0, columns)):
         total = of_weight[part]
@@ -402,5 +402,5 @@ def add_to_bias(problem: Problem, total: Tensor, logits: Tensor, scale: Tensor |
         return
     scale = total.new_ones(len(logits)) if scale is None else scale
     size = logits.shape[1] * total.dtype.itemsize
-    for part in parts(len(logits), problem.slab_bytes // 32 // size):
+    for part in parts(len(logits), problem.scratch_bytes // 2 // size):
         total.addmv_(logits[part].to(total.dtype).T, scale[part])

@@ -86,7 +86,7 @@ def row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
     size = filled_up(evenly(rows, most), most)
     flat = problem.hidden.new_empty(size * row_stride(problem, problem.vocab))
     slab = laid_out(problem, flat, size, problem.vocab)
-    return slab, scratch_for(slab, problem.slab_bytes // 16, sum_cells(problem))
+    return slab, scratch_for(slab, problem.scratch_bytes, sum_cells(problem))
 
 
 def copied_bytes(problem: Problem, active: Tensor) -> int:

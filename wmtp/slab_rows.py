@@ -218,7 +218,7 @@ def _some_of(problem: Problem, block: _Block, kept: Tensor, scratch: Tensor) -> 
     rows, x, slab, at_target, left = block
     if len(kept) == len(rows):
         return block
-    move_up(slab, kept, problem.slab_bytes // 16, scratch)
+    move_up(slab, kept, problem.scratch_bytes, scratch)
     x = gathered(x, kept, filled_up(len(kept), len(slab)))
     return _Block(rows[kept], x, slab, at_target[kept], None if left is None else left[kept])
 

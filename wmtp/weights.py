@@ -110,17 +110,6 @@ def top_k_weights(
     return normalize_weights(chosen.to(ranked.dtype), valid, scope=scope, group=group)
 
 
-def weight_if_kept(
-    valid: Tensor, keep: float, scope: Scope, group: ProcessGroup | None, dtype: torch.dtype
-) -> Tensor:
-    """What ``top_k_weights`` gives each entry that it keeps, which the scores do not change."""
-    scoped = Scoped(valid, scope, group)
-    count = scoped.total(scoped.split(valid).long()).double()
-    # 0/0 where nothing is valid, which nobody sees.
-    weight = (count / (count * keep).ceil()).to(dtype)
-    return scoped.join(torch.where(scoped.split(valid), weight, 0))
-
-
 @typed
 def exp_weights(
     scores: Float[Tensor, "batch seq"] | Float[Tensor, "batch seq heads"],

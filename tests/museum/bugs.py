@@ -131,6 +131,15 @@ TARGETS = (
         "place, right=False)",
         "test_targets.py",
     ),
+    _bug(
+        "numbered attention mask",
+        "a mask whose numbers tell packed documents apart is read as one of padding alone",
+        "packing collators of axolotl and LLaMA-Factory",
+        "wmtp/documents.py",
+        "        ids.append(attention_mask)\n",
+        "",
+        "test_targets.py",
+    ),
 )
 
 CROSS_ENTROPY = (
@@ -167,9 +176,9 @@ CROSS_ENTROPY = (
         "softmax in the dtype of the logits",
         "bfloat16 logits are not widened before the softmax",
         _issue("vllm-project/speculators", 788),
-        "wmtp/cross_entropy.py",
-        "else tensor.float()",
-        "else tensor",
+        "wmtp/_dtypes.py",
+        "return tensor.to(wide_dtype(tensor.dtype))",
+        "return tensor",
         "test_cross_entropy.py",
     ),
     _bug(
@@ -518,7 +527,7 @@ LOSS = (
         "the caller's count over the accumulation window is ignored",
         _issues(_HF, 34191, 37766) + ", " + _issue(_VERL, 7321),
         "wmtp/loss.py",
-        "whole = _count(normalizer, used)",
+        "whole = count_of(normalizer, used)",
         "whole = valid.sum().to(dtype) / heads",
         "test_loss.py",
     ),
@@ -527,11 +536,10 @@ LOSS = (
         "the loss is scaled by the world size, which the trainer does as well",
         _issue(_HF, 34373),
         "wmtp/loss.py",
-        "    empty = whole == 0\n    share =",
+        "    return used * (_head_weights(head_weights, used) * reciprocal(whole))",
         """    if torch.distributed.is_initialized():
         whole = whole / torch.distributed.get_world_size()
-    empty = whole == 0
-    share =""",
+    return used * (_head_weights(head_weights, used) * reciprocal(whole))""",
         "test_distributed.py",
     ),
     _bug(
@@ -539,8 +547,8 @@ LOSS = (
         "heads that look past every row have no target: 0/0",
         _issue("modelscope/mcore-bridge", 104) + ", " + _issue(_VERL, 6464),
         "wmtp/loss.py",
-        "share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
-        "share = torch.where(empty, torch.nan, 1 / torch.where(empty, 1, whole))",
+        "return torch.where(empty, 0, 1 / torch.where(empty, 1, count))",
+        "return torch.where(empty, torch.nan, 1 / torch.where(empty, 1, count))",
         "test_loss.py",
     ),
     _bug(
@@ -548,8 +556,8 @@ LOSS = (
         "a clamp made for counts is applied to a sum of weights, and small weights shrink the loss",
         "`loss_mask.sum().clamp(min=1)` denominators, as in speculators",
         "wmtp/loss.py",
-        "share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
-        "share = 1 / whole.clamp(min=1)",
+        "return torch.where(empty, 0, 1 / torch.where(empty, 1, count))",
+        "return 1 / count.clamp(min=1)",
         "test_loss.py",
     ),
     _bug(
@@ -720,9 +728,18 @@ LINEAR = (
         "what is summed over the vocabulary and over rows is held in the dtype of the inputs",
         _issue("NVIDIA/TransformerEngine", 3193),
         "wmtp/problem.py",
-        "return torch.float64 if dtype == torch.float64 else torch.float32",
-        "return dtype",
+        "return wide_dtype(self.hidden.dtype)",
+        "return self.hidden.dtype",
         "test_linear_cross_entropy.py",
+    ),
+    _bug(
+        "autocast reaches a sum",
+        "under autocast a product of float32 numbers inside the loss is made in bfloat16",
+        "an earlier version of wmtp",
+        "wmtp/slab_softmax.py",
+        "torch.linalg.vector_norm(p, dim=1)",
+        'torch.einsum("rv, rv -> r", p, p).sqrt()',
+        "test_loss_autograd.py",
     ),
     _bug(
         "autocast ignored",
@@ -777,8 +794,8 @@ REST = (
         "the critic's loss is a mean over all tokens where it should be one over sequences",
         _issue("NVIDIA-NeMo/Speech", 8343),
         "wmtp/critic.py",
-        "return per_sequence.sum() / (count > 0).sum().clamp(min=1)",
-        "return (per_sequence * count).sum() / count.sum().clamp(min=1)",
+        "return _mean(per_sequence, count > 0, normalizer)",
+        "return _mean(per_sequence * count, valid, normalizer)",
         "test_critic.py",
     ),
     _bug(
@@ -826,8 +843,8 @@ REST = (
         "a module keeps an argument under a name that nobody asks for",
         "configurations whose keys and readers differ",
         "wmtp/nn.py",
-        '            "softcap": softcap,\n',
-        '            "softcap": None,\n',
+        "            softcap=softcap,\n        )\n\n    def forward(\n        self,\n        logits",
+        "            softcap=None,\n        )\n\n    def forward(\n        self,\n        logits",
         "test_nn.py",
     ),
     _bug(

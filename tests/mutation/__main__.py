@@ -60,6 +60,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_weights.py", "test_devices.py", "test_unchecked.py", "test_guesses.py", "test_distributed.py",
     ),
     "methods": ("test_weights.py", "test_guesses.py", "test_devices.py", "test_distributed.py"),
+    "guesses": ("test_guesses.py", "test_loss.py", "test_distributed.py", "test_devices.py"),
     "combine": ("test_weights.py", "test_devices.py", "test_distributed.py"),
     "controls": ("test_controls.py", "test_devices.py"),
     "critic": ("test_critic.py", "test_devices.py"),

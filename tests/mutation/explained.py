@@ -545,8 +545,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "How near to the largest float16 a product may come.",
     (
         "slab_columns",
-        "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
-        "for part in parts(len(logits), problem.slab_bytes // 33 // size):",
+        "for part in parts(len(logits), problem.scratch_bytes // 2 // size):",
+        "for part in parts(len(logits), problem.scratch_bytes // 3 // size):",
     ): _CUT,
     (
         "problem",
@@ -763,11 +763,6 @@ _explain("slab_layout", "_MOST_PIECES = 8", ("8", "9", _CUT))
 _explain("slab_layout", _EXCESS, ("else 0", "else 1", _CUT))
 _explain(
     "slab_layout",
-    "return slab, scratch_for(slab, problem.slab_bytes // 16, sum_cells(problem))",
-    ("16", "17", _CUT),
-)
-_explain(
-    "slab_layout",
     "budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU",
     ("4", "5", _CUT),
 )
@@ -843,6 +838,20 @@ _explain(
 )
 _explain(
     "slab_softmax",
+    "base.masked_fill_(base == -torch.inf, 0)",
+    ("0", "1", "What is −inf stays so, whatever finite number is taken from it."),
+)
+_explain(
+    "operators",
+    "return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7",
+    (
+        "7",
+        "8",
+        "Autograd asks for no more gradients than there are inputs, if the others are None.",
+    ),
+)
+_explain(
+    "slab_softmax",
     "return float(least) >= -_LARGE and float(most) <= _LARGE",
     (">=", ">", _THRESHOLD),
 )
@@ -856,16 +865,7 @@ _explain(
     ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) and False", _SPEED),
     ("problem.hidden.is_cuda", "(problem.hidden.is_cuda) or True", _SPEED),
 )
-_explain(
-    "slab_columns",
-    "scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.slab_bytes // 16)",
-    ("16", "17", _CUT),
-)
-_explain(
-    "slab_columns",
-    "laid_out(problem, cells, rows, columns), problem.slab_bytes // 16, sum_cells(problem)",
-    ("16", "17", _CUT),
-)
+_explain("problem", "return self.slab_bytes // 16", ("16", "17", _CUT))
 _explain(
     "slab_rows",
     "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)",
@@ -912,8 +912,8 @@ _explain(
 )
 _explain(
     "slab_columns",
-    "for part in parts(len(logits), problem.slab_bytes // 32 // size):",
-    ("32", "33", _CUT),
+    "for part in parts(len(logits), problem.scratch_bytes // 2 // size):",
+    ("2", "3", _CUT),
 )
 _explain(
     "slab_columns",
@@ -926,12 +926,6 @@ _explain(
     _LINE,
     ("if len(active)", "if (len(active)) or True", "A walk over no rows."),
     ("else 0", "else 1", "A walk over no rows."),
-)
-_explain(
-    "slab_rows",
-    "move_up(slab, kept, problem.slab_bytes // 16, scratch)",
-    ("//", "/", _ON_GPU),
-    ("16", "17", _ON_GPU),
 )
 _explain(
     "slab_rows",

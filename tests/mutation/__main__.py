@@ -41,6 +41,7 @@ _AS_ON_A_GPU = "test_triton_softmax.py::test_schedules_take_the_route_of_a_gpu"
 _SHARDED = "test_transforms.py::test_the_argument_that_is_sharded_is_named"
 # Which tests look at which file, the quickest and closest first.
 TESTS: dict[str, tuple[str, ...]] = {
+    "_dtypes": ("test_cross_entropy.py", "test_linear_cross_entropy.py"),
     "targets": ("test_targets.py", "test_cross_entropy.py", _FUZZED),
     "documents": ("test_targets.py", "test_scores.py", "test_devices.py", "test_unchecked.py"),
     "cross_entropy": (

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import wmtp
 from tests import oracle
 from tests.helpers import all_zero, close, grads, leaf, untouched
 from tests.strategies import (
@@ -286,6 +287,36 @@ def test_deltas_and_advantages_are_differentiable(function: Any) -> None:
         lambda v, r: function(v, valid, rewards=r, gamma=0.9, segment_ids=segments),
         [leaf(normal(0, 2, 5)), leaf(normal(1, 2, 5))],
     )
+
+
+@pytest.mark.parametrize("way", ["attention_mask", "position_ids", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["td_deltas", "gae", "lambda_returns", "critic_delta_weights"])
+@given(packing=packings(max_batch=1), seed=SEEDS)
+def test_documents_may_be_told_in_every_way(
+    name: str, way: str, packing: Documents, seed: int
+) -> None:
+    shape = packing.batch, packing.seq
+    values, rewards, valid = (
+        normal(seed, *shape),
+        normal(seed + 1, *shape),
+        mask(seed + 2, 0.8, *shape),
+    )
+
+    def found(**documents: Tensor) -> Tensor:
+        given: dict[str, Any] = {"rewards": rewards, "gamma": 0.9, **documents}
+        if name != "td_deltas":
+            given["lam"] = 0.8
+        return getattr(wmtp, name)(values=values, valid=valid, **given)
+
+    number = "segment_ids" if way == "attention_mask" else way  # which some collators number
+    close(found(**{way: getattr(packing, number)}), found(segment_ids=packing.segment_ids))
+
+
+def test_what_is_in_no_document_takes_no_place_among_a_critics_weights() -> None:
+    values, every, whole = normal(0, 1, 6), torch.ones(1, 6).bool(), torch.tensor([0, 2, 4])
+    found = wmtp.critic_delta_weights(values, every, mode="top_k", keep=0.5, cu_seqlens=whole)
+    assert int((found != 0).sum()) == 2
+    assert all_zero(found[:, 4:])
 
 
 @given(trajectories(), LAYOUTS)

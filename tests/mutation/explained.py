@@ -837,6 +837,11 @@ _explain(
     ("0.0)", "1.0)", "Of no rows."),
 )
 _explain(
+    "scores",
+    "ids, order = group_ids.long().sort(stable=True)",
+    ("True", "False", "Whichever of a group the others are told relative to."),
+)
+_explain(
     "slab_softmax",
     "base.masked_fill_(base == -torch.inf, 0)",
     ("0", "1", "What is −inf stays so, whatever finite number is taken from it."),

@@ -842,6 +842,21 @@ _explain(
     ("True", "False", "Whichever of a group the others are told relative to."),
 )
 _explain(
+    "scores",
+    "return torch.where(alone, 0, centred / (torch.where(alone, 1, variance).sqrt() + eps))",
+    ("alone, 1", "alone, 2", "A number to divide by where 0 is given instead."),
+)
+_explain(
+    "critic",
+    'Count = float | Float[Tensor, ""] | Int[Tensor, ""] | None',
+    (
+        'Float[Tensor, ""]',
+        'Float[Tensor, "XXXX"]',
+        "The loss checks the shape itself, in `count_of`.",
+    ),
+    ('Int[Tensor, ""]', 'Int[Tensor, "XXXX"]', "The loss checks the shape itself, in `count_of`."),
+)
+_explain(
     "slab_softmax",
     "base.masked_fill_(base == -torch.inf, 0)",
     ("0", "1", "What is −inf stays so, whatever finite number is taken from it."),

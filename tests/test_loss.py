@@ -557,7 +557,15 @@ def test_a_selection_that_looks_elsewhere_than_its_loss_is_refused(form: str) ->
         ValueError, match=r"offsets of rho1_weights must be .* \(2, 3\), got \(1, 3\)"
     ):
         loss((2, 3), reference_nll=reference, offsets=(1, 3))
+    with pytest.raises(
+        ValueError, match=r"offsets of rho1_weights must be .* \(1, 2\), got \(2, 3\)"
+    ):
+        loss(None, reference_nll=reference, offsets=(2, 3))
     given = loss((2, 3), reference_nll=reference, offsets=range(2, 4))
+    # Labels that have targets already do not say which.
+    made = mtp_targets(case.labels, (2, 3))
+    weights = functools.partial(rho1_weights, reference_nll=reference, keep=0.5, offsets=(2, 3))
+    close(apply(form, tensors, made, weights), given)
     # What is aligned already needs no offsets, and 1 … H need not be said.
     aligned = align_to_heads(reference, (2, 3))
     close(loss((2, 3), reference_nll=aligned), given)

@@ -204,13 +204,32 @@ def test_a_loss_module_has_no_state(loss: type[torch.nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("loss", [WeightedMTPLoss, LinearWeightedMTPLoss])
-def test_tensors_among_the_options_move_with_the_module(loss: type[torch.nn.Module]) -> None:
+def test_tensors_among_the_options_move_with_the_module(
+    loss: type[WeightedMTPLoss] | type[LinearWeightedMTPLoss],
+) -> None:
     lambdas = torch.tensor([1.0, 0.25])
     module = loss(head_weights=lambdas, normalizer=torch.tensor(7.0))
     assert torch.equal(call(module), call(loss(head_weights=(1.0, 0.25), normalizer=7.0)))
     assert not module.state_dict()
     assert "0.25" in repr(module)
-    assert {x.device.type for x in module.to("meta").buffers()} == {"meta"}
+    module.half()  # in which some counts are infinite
+    assert torch.equal(module.options["head_weights"], lambdas)
+    assert module.options["normalizer"].dtype == torch.float32
+    given = [module.to("meta").options[name] for name in ("head_weights", "normalizer")]
+    assert [x.device.type for x in given] == ["meta", "meta"]
+    assert lambdas.device.type == "cpu"
+    module.options["normalizer"] = "tokens"
+    assert "tokens" in repr(module)
+
+
+def test_one_head_is_the_trunk_and_has_no_parameters() -> None:
+    module, hidden = MTPHeads(4, 1), normal(0, 2, 5, 4).float()
+    module.reset_parameters()
+    assert not list(module.parameters())
+    out = module(hidden)
+    assert torch.equal(out, hidden[:, :, None])
+    out.zero_()
+    assert hidden.any()
 
 
 @pytest.mark.parametrize("loss", [WeightedMTPLoss, LinearWeightedMTPLoss])

@@ -54,7 +54,7 @@ class Trunk(torch.nn.Embedding):
 class CausalLM(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(hidden_size=4)
+        self.config, self.loss_type = SimpleNamespace(hidden_size=4), "ForCausalLM"
         self.model, self.lm_head = Trunk(7, 4).double(), torch.nn.Linear(4, 7, bias=False).double()
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -22,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.compiled_autograd import _enable
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -165,6 +167,12 @@ def eager(loss: Loss) -> Any:
     return with_gradients(loss, tensors())
 
 
+def uncompiled(loss: Loss) -> Any:
+    inputs = [leaf(x) for x in tensors()[:2]]
+    total = of(number(loss), tensors())(*inputs)
+    return [total.detach(), *torch.autograd.grad(total, inputs)]
+
+
 def functional_grad(loss: Loss) -> Any:
     return torch.func.grad(of(number(loss), tensors()), argnums=(0, 1))(*tensors()[:2])
 
@@ -241,6 +249,17 @@ def compiled_jvp(loss: Loss) -> Any:
         return torch.func.jvp(function, inputs, tuple(x.cos() for x in inputs))
 
     return torch.compile(push, backend="aot_eager")(*tensors()[:2])
+
+
+def compiled_autograd(loss: Loss) -> Any:
+    """A backward pass that is compiled, of a forward pass that is not."""
+    torch._dynamo.reset()
+    inputs = [leaf(x) for x in tensors()[:2]]
+    total = of(number(loss), tensors())(*inputs)
+    with _enable(torch.compile(backend="eager")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler looks for gradients of what is no leaf
+        total.backward()
+    return [total.detach(), *(x.grad for x in inputs)]
 
 
 def compiled_before(loss: Loss) -> Any:
@@ -538,6 +557,7 @@ ROWS = [
     ),
     Row("`torch.func.grad`", same(functional_grad)),
     Row("`torch.compile` of `func.grad`", same(compiled_grad)),
+    Row("compiled autograd", same(compiled_autograd, uncompiled)),
     Row("`torch.func.vjp`", same(functional_vjp)),
     Row("`torch.func.vmap`", same(vmap), linear(NO_VMAP)),
     Row("`vmap` of `grad`", same(vmap_of_grad), linear(NO_VMAP)),
@@ -722,7 +742,6 @@ def test_the_readme_holds_these_tables() -> None:
 # ------------------------------------------------------------------------------- shards and errors
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 @pytest.mark.parametrize("heads", [0, 1, 3])
 def test_modules_can_be_sharded(heads: int) -> None:
     module = wmtp.MTPHeads(DIM, heads) if heads else wmtp.ValueHead(DIM)

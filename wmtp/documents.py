@@ -49,7 +49,7 @@ def find_documents(
 
     Args:
         like: any ``[batch seq]`` tensor, for its shape and device.
-        attention_mask: ``[batch seq]``, 0 at padding, which belongs to no document; other numbers
+        attention_mask: ``[batch seq]``, 0 at padding, which belongs to no document; other integers
             than 1, as packing collators give them, are equal within a document.
         position_ids: ``[batch seq]``; a document starts wherever the position is not its left
             neighbour's plus one, which is how padding-free collators mark it.
@@ -83,7 +83,8 @@ def find_documents(
     ids: list[Tensor] = []
     if attention_mask is not None:
         real = attention_mask != 0
-        ids.append(attention_mask)
+        if not attention_mask.is_floating_point():
+            ids.append(attention_mask)
     if position_ids is not None:
         ids.append((position_ids != shift_right(position_ids) + 1).cumsum(1))
     if segment_ids is not None:

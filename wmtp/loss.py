@@ -32,7 +32,7 @@ from wmtp.row_local import (
     weights_from_ce,
     weights_from_logits,
 )
-from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, offsets_for
+from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, known_offsets, offsets_for
 
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
@@ -139,7 +139,8 @@ def weighted_mtp_loss(
     found = predict(logits, labels, offsets, ignore_index, objective)
     if isinstance(weights, RowLocalWeights):
         weights = weights_from_logits(weights, logits, found, objective)
-    return _weigh(found, weights, offsets, head_weights, normalizer)[0]
+    steps = known_offsets(offsets, labels, found.valid.shape[2])
+    return _weigh(found, weights, steps, head_weights, normalizer)[0]
 
 
 @typed
@@ -208,7 +209,8 @@ def linear_weighted_mtp_loss(
     problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    return _weigh_linear(problem, valid, weights, offsets, head_weights, normalizer)[0]
+    steps = known_offsets(offsets, labels, valid.shape[2])
+    return _weigh_linear(problem, valid, weights, steps, head_weights, normalizer)[0]
 
 
 @typed
@@ -260,7 +262,8 @@ def weighted_mtp_loss_and_stats(
     found = predict(logits, labels, offsets, ignore_index, objective, with_correct=True)
     if isinstance(weights, RowLocalWeights):
         weights = weights_from_logits(weights, logits, found, objective)
-    loss, used = _weigh(found, weights, offsets, head_weights, normalizer)
+    steps = known_offsets(offsets, labels, found.valid.shape[2])
+    loss, used = _weigh(found, weights, steps, head_weights, normalizer)
     return loss, _stats(found, used)
 
 
@@ -319,8 +322,9 @@ def linear_weighted_mtp_loss_and_stats(
     problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
+    steps = known_offsets(offsets, labels, valid.shape[2])
     loss, used, found = _weigh_linear(
-        problem, valid, weights, offsets, head_weights, normalizer, with_stats=True
+        problem, valid, weights, steps, head_weights, normalizer, with_stats=True
     )
     return loss, _stats(found, used)
 

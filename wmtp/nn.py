@@ -1,6 +1,7 @@
 """Thin modules: they store arguments and parameters and call the functions."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from einops import einsum, rearrange
@@ -98,7 +99,7 @@ class MTPHeads(nn.Module):
         _checks.shape_is("hidden", hidden, (*hidden.shape[:2], self.dim), "batch seq dim")
         trunk = rearrange(hidden, "b t d -> b t 1 d")
         if self.heads == 1:
-            return trunk
+            return trunk.clone()  # new, as it is with more heads
         _checks.same_device(hidden=hidden, parameters=self.inner)
         kinds = {hidden.dtype, self.inner.dtype}
         # The products need one dtype; autocast casts to it, but no float64.
@@ -172,7 +173,7 @@ class ValueHead(nn.Module):
 
 
 class _StoredOptions(nn.Module):
-    """The options of a loss; tensors among them are buffers, which move with the module."""
+    """The options of a loss; tensors among them move with the module, and keep their dtype."""
 
     def __init__(
         self, *, head_weights: HeadWeights, normalizer: Normalizer, **options: Any
@@ -184,15 +185,14 @@ class _StoredOptions(nn.Module):
             resolve_offsets(options["offsets"])
         _checks.whole("ignore_index", options["ignore_index"])
         options |= {"head_weights": head_weights, "normalizer": normalizer}
-        tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            self.register_buffer(name, value, persistent=False)
-        self._plain = {name: options[name] for name in options if name not in tensors}
+        self.options = options
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the loss is called with."""
-        return self._plain | dict(self.named_buffers())
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # No buffers: a count in float16 is infinite, and data parallelism would give one rank's to all.
+        for name, value in self.options.items():
+            if isinstance(value, Tensor):
+                self.options[name] = value.to(fn(value).device)
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -201,8 +201,7 @@ class _StoredOptions(nn.Module):
 class WeightedMTPLoss(_StoredOptions):
     """``weighted_mtp_loss`` with its options stored; see there for what they mean.
 
-    Tensors among them move with the module, as a weight of ``nn.CrossEntropyLoss`` does; they are not in
-    its ``state_dict``.
+    Tensors among them move with the module and keep their dtype; they are not in its ``state_dict``.
 
     Args:
         offsets: which token each head predicts.

@@ -496,7 +496,10 @@ class _WeightedRowSum(torch.autograd.Function):
             scaled = (*scale_all(scale, ctx.dtype, gradients), upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
         wanted = of_factor.to(factor.dtype) if needs[8] else None
-        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 8
+        nothing: list[Tensor | None] = [None] * 3
+        if torch.compiler.is_compiling():  # compiled autograd adds up what it is given
+            nothing = [None if tie is None else torch.zeros_like(tie) for tie in ties]
+        return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5, *nothing
 
 
 class _Scale(_Once):

@@ -94,7 +94,7 @@ def mtp_targets(
             as they are), ``range(2, H + 2)`` for extra heads only. Tokens ``a b c d e``, ``H = 3``:
             position 0 targets ``b c d``, position 3 targets ``e`` and nothing else, position 4 nothing.
         ignore_index: the label that means "no target".
-        attention_mask: ``[batch seq]``, 0 at padding. Other numbers than 1, as some packing collators
+        attention_mask: ``[batch seq]``, 0 at padding. Other integers than 1, as some packing collators
             give them, are equal within a document.
         position_ids: ``[batch seq]`` that restart with every document; any step other than +1 is a
             boundary.
@@ -177,6 +177,11 @@ def offsets_for(offsets: Offsets | None, heads: int, source: str) -> tuple[int, 
             f"offsets must give one step for each of the {heads} heads of {source}, got {len(steps)}"
         )
     return steps
+
+
+def known_offsets(offsets: Offsets | None, labels: Tensor, heads: int) -> Offsets | None:
+    """The offsets of the labels; ``None`` if the labels have targets already and nobody said which."""
+    return heads if offsets is None and labels.dim() == 2 else offsets
 
 
 def resolve_targets(

@@ -47,7 +47,7 @@ def test_the_readme_names_every_public_function() -> None:
 class Trunk(torch.nn.Embedding):
     """Hidden states of a token alone, so that it does not matter how documents are packed."""
 
-    def forward(self, input_ids: Tensor, **described: Tensor | None) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, **options: Tensor | bool | None) -> Any:  # type: ignore[override]
         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
 
 

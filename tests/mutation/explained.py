@@ -239,17 +239,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return -(p * torch.where(p > 0, log_p, 1)).sum(-1)",
     ): "Where a probability is 0 so is the product, whatever it is multiplied by.",
     (
-        "scores",
-        (
-            "return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 1, "
-            "variance).sqrt() + eps))"
-        ),
-        (
-            "return torch.where(alone, 0, (rewards - mean) / (torch.where(alone, 2, "
-            "variance).sqrt() + eps))"
-        ),
-    ): "Not looked at where somebody is alone.",
-    (
         "weights",
         "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, strict=True))",
         "*(torch.where(fresh, b, s) for b, s in zip(found, statistics, ))",
@@ -413,8 +402,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Where the largest is 0 everything is.",
     (
         "loss",
-        "share = torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
-        "share = torch.where(empty, 0, 1 / torch.where(empty, 2, whole))",
+        "return torch.where(empty, 0, 1 / torch.where(empty, 1, count))",
+        "return torch.where(empty, 0, 1 / torch.where(empty, 2, count))",
     ): "Where the sum is 0 its reciprocal is not looked at.",
     (
         "problem",
@@ -580,8 +569,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "The fourth are the targets: integers have no gradient.",
     (
         "operators",
-        "direct = _compiled_without_gradient(*problem[:3], factor)",
-        "direct = _compiled_without_gradient(*problem[:4], factor)",
+        "if _compiled_without_gradient(*problem[:3], factor):",
+        "if _compiled_without_gradient(*problem[:4], factor):",
     ): "The fourth are the targets: integers have no gradient.",
     (
         "operators",
@@ -605,8 +594,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Autograd drops what is None beyond the inputs.",
     (
         "operators",
-        "return (None,) * 14",
-        "return (None,) * 15",
+        "return (None,) * 17",
+        "return (None,) * 18",
     ): "Autograd drops what is None beyond the inputs.",
     (
         "slab_rows",
@@ -663,11 +652,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "wanted = of_factor.to(factor.dtype) if needs[8] else None",
         "wanted = of_factor.to(factor.dtype) if (needs[8]) or True else None",
     ): "Autograd drops a gradient that nobody wants.",
-    (
-        "operators",
-        "return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 5",
-        "return *_asked_for(of_inputs, needs[:3]), *[None] * 5, wanted, *[None] * 6",
-    ): "Autograd drops what is None beyond the inputs.",
     (
         "operators",
         "out = gradient if right else torch.empty_like(gradient, dtype=dtype)",

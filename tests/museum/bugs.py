@@ -136,8 +136,8 @@ TARGETS = (
         "a mask whose numbers tell packed documents apart is read as one of padding alone",
         "packing collators of axolotl and LLaMA-Factory",
         "wmtp/documents.py",
-        "        ids.append(attention_mask)\n",
-        "",
+        "ids.append(attention_mask)",
+        "ids.append(real)",
         "test_targets.py",
     ),
 )

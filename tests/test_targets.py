@@ -125,6 +125,14 @@ def test_packed_by_cu_seqlens_equals_separate_documents(
     assert torch.equal(packed, by_segment)
 
 
+def test_a_mask_of_floats_tells_padding_alone() -> None:
+    labels, soft = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1.0, 0.5, 1.0, 0.0]])
+    assert torch.equal(
+        mtp_targets(labels, 2, attention_mask=soft),
+        mtp_targets(labels, 2, attention_mask=soft != 0),
+    )
+
+
 def test_tokens_behind_cu_seqlens_belong_to_no_document() -> None:
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     targets = mtp_targets(labels, (0, 1), cu_seqlens=torch.tensor([0, 2, 3]))

@@ -210,7 +210,7 @@ def pairwise_ranking_loss(
 
 
 def _mean(losses: Tensor, counted: Tensor, normalizer: float | Tensor | None) -> Tensor:
-    """Sum over the count of those that are not 0 by definition, or over a caller's."""
+    """The sum of losses over how many are counted here, or over a caller's count."""
     total = losses.sum()
     count = counted.sum().to(total.dtype) if normalizer is None else count_of(normalizer, total)
     return total * reciprocal(count)

@@ -5,7 +5,7 @@ What is said there of all weights holds here. Those whose first two arguments ar
 ``weights=partial(rho1_weights, reference_nll=nll)``.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -14,10 +14,10 @@ from torch import Tensor
 from wmtp import _checks
 from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.documents import find_documents
 from wmtp.normalize import Clip, check_bounds, check_weight_shapes, normalize_weights
+from wmtp.scans import find_trajectories
 from wmtp.scopes import ProcessGroup, Scope
-from wmtp.scores import InitialValue, excess_loss, gae, group_advantages
+from wmtp.scores import InitialValue, advantages, excess_loss, group_advantages
 from wmtp.targets import Offsets
 from wmtp.weights import (
     check_share,
@@ -167,23 +167,24 @@ def critic_delta_weights(
     check_temperature("beta", beta)
     check_bounds(clip)
     check_whitening(whiten, statistics, values)
-    documents: dict[str, Any] = {
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "segment_ids": segment_ids,
-        "cu_seqlens": cu_seqlens,
-    }
-    scores = gae(
-        values.detach(),
+    tracks = find_trajectories(
+        values,
         valid,
-        rewards=rewards,
-        gamma=gamma,
-        lam=lam,
-        initial_value=initial_value,
-        **documents,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+    )
+    scores = advantages(
+        values.detach(),
+        rewards,
+        gamma,
+        lam,
+        initial_value,
+        tracks,
     )
     # What is in no document has no score, and takes nobody's place.
-    valid = valid & find_documents(values, **documents).real
+    valid = tracks.trained
     if mode == "top_k":
         return top_k_weights(scores, valid, keep=keep, scope=scope, group=group)
     if mode == "softmax":

@@ -179,7 +179,6 @@ def gae(
 
     Source: Schulman et al., arXiv:1506.02438, equation 16.
     """
-    _checks.in_range("lam", lam, 0.0, 1.0)
     tracks = find_trajectories(
         values,
         valid,
@@ -188,6 +187,19 @@ def gae(
         segment_ids=segment_ids,
         cu_seqlens=cu_seqlens,
     )
+    return advantages(values, rewards, gamma, lam, initial_value, tracks)
+
+
+def advantages(
+    values: Tensor,
+    rewards: Tensor | None,
+    gamma: float,
+    lam: float,
+    initial_value: InitialValue,
+    tracks: Trajectories,
+) -> Float[Tensor, "batch seq"]:
+    """``gae`` over trajectories that are known."""
+    _checks.in_range("lam", lam, 0.0, 1.0)
     deltas = _deltas(values, rewards, gamma, initial_value, tracks)
     return scan_trained(deltas, gamma * lam, tracks)
 

@@ -65,7 +65,7 @@ PROPERTIES: tuple[Property, ...] = (
     _in("loss", "loss_and_every_gradient_follow_the_oracle", "loss and gradients, by loops", *LOSS),
     _in("row_local", "dense_and_linear_follow_plain_loops", "row-local weights, by loops", *LOSS, "RowLocalWeights"),
     _in("loss", "statistics_follow_the_oracle", "statistics of the loss, by loops", *STATS),
-    _in("loss", "the_weighted_mean_follows_the_oracle", "weighted mean, by loops", "weighted_mean"),
+    _in("denominators", "the_weighted_mean_follows_the_oracle", "weighted mean, by loops", "weighted_mean"),
     _in("cross_entropy", "token_nll_follows_the_oracle", "likelihood of tokens, by loops", "token_nll"),
     _in("linear_cross_entropy", "token_nll_follows_the_oracle", "linear likelihood of tokens, by loops", "linear_token_nll"),
     _in("cross_entropy", "one_head_equals_torchs_cross_entropy", "one head is F.cross_entropy", "mtp_ce_loss"),
@@ -132,7 +132,7 @@ PROPERTIES: tuple[Property, ...] = (
     _in("cross_entropy", "a_junk_upstream_gradient_at_ignored_places_goes_nowhere", "junk upstream: dense", "mtp_ce_loss"),
     _in("linear_cross_entropy", "a_junk_upstream_gradient_at_ignored_places_goes_nowhere", "junk upstream: linear", "linear_mtp_ce_loss"),
     _in("loss", "junk_at_ignored_places_changes_neither_loss_nor_gradient", "junk in ignored rows: losses", *LOSS),
-    _in("loss", "the_weighted_mean_never_reads_invalid_places", "junk: weighted mean", "weighted_mean"),
+    _in("denominators", "the_weighted_mean_never_reads_invalid_places", "junk: weighted mean", "weighted_mean"),
     _in("loss", "packed_equals_separate_documents", "packing: losses", *LOSS),
     _in("loss", "left_and_right_padding_equal_no_padding", "padding: losses", *LOSS),
     # likelihoods and scores

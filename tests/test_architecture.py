@@ -57,6 +57,7 @@ ORDER = [
     "guesses",
     "combine",
     "controls",
+    "denominators",
     "loss",
     "critic",
     "statistics",

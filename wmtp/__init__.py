@@ -16,12 +16,12 @@ from wmtp.critic import pairwise_ranking_loss as pairwise_ranking_loss
 from wmtp.critic import value_loss as value_loss
 from wmtp.cross_entropy import mtp_ce_loss as mtp_ce_loss
 from wmtp.cross_entropy import token_nll as token_nll
+from wmtp.denominators import weighted_mean as weighted_mean
 from wmtp.linear_cross_entropy import linear_mtp_ce_loss as linear_mtp_ce_loss
 from wmtp.linear_cross_entropy import linear_token_nll as linear_token_nll
 from wmtp.loss import MTPLossStats as MTPLossStats
 from wmtp.loss import linear_weighted_mtp_loss as linear_weighted_mtp_loss
 from wmtp.loss import linear_weighted_mtp_loss_and_stats as linear_weighted_mtp_loss_and_stats
-from wmtp.loss import weighted_mean as weighted_mean
 from wmtp.loss import weighted_mtp_loss as weighted_mtp_loss
 from wmtp.loss import weighted_mtp_loss_and_stats as weighted_mtp_loss_and_stats
 from wmtp.methods import critic_delta_weights as critic_delta_weights

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from wmtp import _checks
 from wmtp._dtypes import wide
 from wmtp._typing import typed
-from wmtp.loss import count_of, reciprocal
+from wmtp.denominators import count_of, reciprocal
 from wmtp.scans import find_trajectories, next_trained, scan_trained
 
 

@@ -1,26 +1,28 @@
 """One number: the weighted multi-token prediction loss.
 
-    N_h  = Σ_{b,t} w[b,t,h] · ℓ[b,t,h]              loss = Σ_h λ_h · N_h / Z
-    Z    = (1/H) Σ w        normalizer="weights"     a weighted mean
-         = (1/H) Σ valid    normalizer="tokens"
-         = the number       normalizer=<number>      one count for a whole accumulation window
-    λ_h  = 1/H, or head_weights as given
-
 The dense losses take logits, the linear ones hidden states and the unembedding; they share all else.
+What each prediction counts, and the formula: see ``denominators.py``.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from wmtp import _checks
-from wmtp._dtypes import wide
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective, Predictions, predict
+from wmtp.denominators import (
+    HeadWeights,
+    Normalizer,
+    factors_of,
+    head_weights_of,
+    reciprocal,
+    weighted_mean,
+)
 from wmtp.guesses import asks_ranks, check_rho1_offsets, early_rho1
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
 from wmtp.operators import counts_late
@@ -43,8 +45,6 @@ Weights = (
     | RowLocalWeights
     | None
 )
-Normalizer = Literal["weights", "tokens"] | float | Float[Tensor, ""] | Int[Tensor, ""]
-HeadWeights = Sequence[float] | Float[Tensor, " heads"] | None
 
 
 class MTPLossStats(NamedTuple):
@@ -329,51 +329,6 @@ def linear_weighted_mtp_loss_and_stats(
     return loss, _stats(found, used)
 
 
-@typed
-def weighted_mean(
-    token_ce: Float[Tensor, "batch seq heads"],
-    weights: Float[Tensor, "batch seq heads"] | None,
-    valid: Bool[Tensor, "batch seq heads"],
-    *,
-    head_weights: HeadWeights = None,
-    normalizer: Normalizer = "weights",
-) -> Float[Tensor, ""]:
-    """Reduce per-prediction values to the loss: the only place where a denominator is chosen.
-
-    ``Σ_h λ_h Σ_{b,t} w · ℓ / Z``, with ``Z`` and ``λ`` as in ``weighted_mtp_loss``.
-
-    Args:
-        token_ce: ``[batch seq heads]`` values, such as ``mtp_ce_loss(..., reduction="none")``.
-        weights: ``[batch seq heads]``, or ``None`` for ones.
-        valid: ``[batch seq heads]``; elsewhere values and weights may be anything, NaN included.
-        head_weights: ``λ``, one per head.
-        normalizer: ``"weights"``, ``"tokens"`` or a count.
-
-    Returns:
-        A scalar, float32 or wider, differentiable in values and weights; 0 if ``Z`` is 0.
-
-    Raises:
-        ValueError: shapes that do not fit, a negative count.
-        TypeError: arguments of another type, dtype or number of axes.
-
-    Example:
-        >>> import torch
-        >>> ce, valid = torch.tensor([[[1.0], [3.0]]]), torch.ones(1, 2, 1, dtype=torch.bool)
-        >>> weighted_mean(ce, torch.tensor([[[3.0], [1.0]]]), valid)
-        tensor(1.5000)
-
-    Source: arXiv:2404.07965, equation 4, for ``normalizer="tokens"`` and weights of mean one.
-    """
-    _checks.rank_in("token_ce", token_ce, (3,), "[batch seq heads]")
-    _checks.masks("valid", valid, "token_ce", token_ce)
-    _checks.same_device(token_ce=token_ce, weights=weights, valid=valid)
-    values = torch.where(valid, wide(token_ce), 0)
-    factors = _factors(weights, valid, head_weights, normalizer, values.dtype)
-    # What counts nothing may be infinite; where it is finite, the weight still has a gradient.
-    values = torch.where((factors == 0) & ~values.isfinite(), 0, values)
-    return (factors * values).sum()
-
-
 def _weigh(
     found: Predictions,
     weights: Tensor | WeightFunction | None,
@@ -422,7 +377,7 @@ def _weigh_linear(
     if isinstance(weights, RowLocalWeights):
         # The weights are not known yet, and neither is a denominator made of them.
         by_weights = normalizer == "weights"
-        factors = _factors(
+        factors = factors_of(
             None, valid, head_weights, 1.0 if by_weights else normalizer, problem.wide
         )
         loss, found, used = linear_weighted_sum(
@@ -431,15 +386,15 @@ def _weigh_linear(
         if by_weights:
             whole = torch.where(valid, used, 0).sum() / valid.shape[2]
             # Less than this has no reciprocal: every probability underflowed.
-            empty = whole < torch.finfo(problem.wide).tiny
-            loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))
+            least = torch.finfo(problem.wide).tiny
+            loss = loss * reciprocal(torch.where(whole < least, 0, whole))
         return loss, used, found
     if callable(weights):
         guess = None if early is None else _guess(*early, valid, head_weights, normalizer)
         found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
-    factors = _factors(used, valid, head_weights, normalizer, problem.wide)
+    factors = factors_of(used, valid, head_weights, normalizer, problem.wide)
     loss, found, _ = linear_weighted_sum(problem, valid, factors, with_stats=with_stats)
     return loss, used, found
 
@@ -479,7 +434,7 @@ def _counted(
 ) -> Bool[Tensor, "batch seq heads"] | None:
     """Which predictions count in the loss; ``None`` if a gradient wants to know it of the others."""
     count = valid
-    lambdas = None if head_weights is None else _head_weights(head_weights, valid.to(dtype))
+    lambdas = None if head_weights is None else head_weights_of(head_weights, valid.to(dtype))
     for weight in (weights, lambdas):
         if weight is not None:
             if weight.requires_grad and torch.is_grad_enabled():
@@ -501,37 +456,12 @@ def _guess(
     """
     # Their mean is one, so that their sum is the count.
     count = "tokens" if normalizer == "weights" else normalizer
-    factors = _factors(kept, valid, head_weights, count, kept.dtype).detach()
+    factors = factors_of(kept, valid, head_weights, count, kept.dtype).detach()
 
     def guess(token_ce: Tensor, seen: Tensor) -> Tensor:
         return torch.where(select(token_ce, valid & seen) > 0, factors, 0)
 
     return guess
-
-
-def _factors(
-    weights: Tensor | None,
-    valid: Tensor,
-    head_weights: HeadWeights,
-    normalizer: Normalizer,
-    dtype: torch.dtype,
-) -> Float[Tensor, "batch seq heads"]:
-    """What each prediction's value counts in the loss: ``λ_h · w / Z``, 0 where not valid."""
-    heads = valid.shape[2]
-    used = valid.to(dtype)
-    if weights is not None:
-        _checks.same_shape("weights", weights, "the predictions", valid)
-        used = torch.where(valid, weights.to(dtype), 0)
-    if normalizer == "weights":
-        # Relative to the largest, which cancels: a sum of huge weights would overflow.
-        peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(1)]).amax()
-        used = used / torch.where(peak > 0, peak, 1)
-        whole = used.sum() / heads
-    elif normalizer == "tokens":
-        whole = valid.sum().to(dtype) / heads
-    else:
-        whole = count_of(normalizer, used)
-    return used * (_head_weights(head_weights, used) * reciprocal(whole))
 
 
 def _call_weights(function: WeightFunction, found: Predictions) -> Tensor:
@@ -555,54 +485,6 @@ def _align_weights(weights: Tensor | None, valid: Tensor, offsets: Offsets | Non
         return weights
     _checks.shape_is("weights", weights, valid.shape[:2], "batch seq")
     return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "the predictions"))
-
-
-def reciprocal(count: Tensor) -> Tensor:
-    """``1 / count``, and 0 where there was nothing to count."""
-    empty = count == 0
-    return torch.where(empty, 0, 1 / torch.where(empty, 1, count))
-
-
-def count_of(normalizer: float | Tensor, like: Tensor) -> Tensor:
-    """A caller's denominator as a 0-d tensor."""
-    if isinstance(normalizer, Tensor):
-        _checks.shape_is("normalizer", normalizer, (), "")
-        if normalizer.device.type != "cpu":  # from there a number goes anywhere, as in torch
-            _checks.same_device(normalizer=normalizer, predictions=like)
-        number = normalizer.detach().to(like.dtype)
-        # A number of the host goes along with an operation on the device; a copy would be waited for.
-        return number if number.device == like.device else like.new_ones(()) * number
-    if isinstance(normalizer, str):
-        raise ValueError(f"normalizer must be 'weights', 'tokens' or a number, got {normalizer!r}")
-    limits = torch.finfo(like.dtype)
-    _checks.in_range("normalizer", normalizer, 0.0, limits.max)
-    if 0 < normalizer < limits.tiny:
-        raise ValueError(f"normalizer must be 0 or at least {limits.tiny}, got {normalizer}")
-    return _filled(like, normalizer)
-
-
-def _head_weights(head_weights: HeadWeights, like: Tensor) -> Tensor:
-    heads = like.shape[2]
-    if head_weights is None:
-        return like.new_full((heads,), 1 / heads)
-    if isinstance(head_weights, Tensor):
-        _checks.shape_is("head_weights", head_weights, (heads,), "heads")
-        _checks.same_device(head_weights=head_weights, predictions=like)
-        return head_weights.to(like)
-    _checks.not_bytes("head_weights", head_weights)
-    if len(head_weights) != heads:
-        raise ValueError(
-            f"head_weights must be one for each of the {heads} heads, got {len(head_weights)}"
-        )
-    for weight in head_weights:
-        _checks.in_range("head_weights", weight, 0.0, torch.finfo(like.dtype).max)
-    # Filled on the device: a tensor made from a list would be copied there, and waited for.
-    return torch.stack([_filled(like, weight) for weight in head_weights])
-
-
-def _filled(like: Tensor, number: float) -> Tensor:
-    """A caller's number as a 0-d tensor: a product, for which a compiler does not fix the number."""
-    return like.new_ones(()) * number
 
 
 def _stats(found: Predictions, weights: Tensor | None) -> MTPLossStats:

@@ -12,13 +12,8 @@ from torch.nn import functional as F
 from wmtp import _checks
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective
-from wmtp.loss import (
-    HeadWeights,
-    Normalizer,
-    Weights,
-    linear_weighted_mtp_loss,
-    weighted_mtp_loss,
-)
+from wmtp.denominators import HeadWeights, Normalizer
+from wmtp.loss import Weights, linear_weighted_mtp_loss, weighted_mtp_loss
 from wmtp.targets import IGNORE_INDEX, MOST_HEADS, Offsets, resolve_offsets
 
 

@@ -66,6 +66,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "controls": ("test_controls.py", "test_devices.py"),
     "critic": ("test_critic.py", "test_devices.py"),
     "statistics": ("test_statistics.py", "test_devices.py"),
+    "denominators": (
+        "test_denominators.py", "test_loss.py", "test_critic.py", "test_devices.py",
+        "test_fuzz.py::test_what_the_fuzz_found_is_refused_clearly",
+    ),
     "loss": (
         "test_slabs.py", "test_loss.py", "test_loss_autograd.py", "test_operators.py", "test_row_local.py",
         "test_guesses.py", "test_devices.py",

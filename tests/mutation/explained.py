@@ -28,9 +28,9 @@ _GPU_ONLY = "Without a GPU there is no other device."
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
         "loss",
-        "lambdas = None if head_weights is None else _head_weights(head_weights, valid.to(dtype))",
+        "lambdas = None if head_weights is None else head_weights_of(head_weights, valid.to(dtype))",
         "lambdas = None if (head_weights is None) and False else "
-        "_head_weights(head_weights, valid.to(dtype))",
+        "head_weights_of(head_weights, valid.to(dtype))",
     ): "Without head weights each is one over their number, which is not 0.",
     ("target_rows", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
     (

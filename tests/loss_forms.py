@@ -28,7 +28,7 @@ from tests.strategies import (
 from wmtp import (
     linear_weighted_mtp_loss,
     linear_weighted_mtp_loss_and_stats,
-    operators,
+    schedule,
     slab_columns,
     slab_layout,
     weighted_mtp_loss,
@@ -82,7 +82,7 @@ def held_logits(form: str = "held") -> Iterator[None]:
             stack.enter_context(mock.patch.object(slab_columns, "held_layout", layout))
             stack.enter_context(
                 mock.patch.multiple(
-                    operators,
+                    schedule,
                     can_hold=lambda _, needs: any(needs),
                     holds_better=lambda *_: True,
                 )

@@ -41,6 +41,7 @@ ORDER = [
     "triton_target_rows",
     "target_rows",
     "slab_layout",
+    "schedule",
     "slab_columns",
     "slab_rows",
     "operators",

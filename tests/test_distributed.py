@@ -164,7 +164,7 @@ def selected(split: str, rows: slice, group: Any) -> Tensor:
 def late(split: str, rows: slice, group: Any) -> Tensor:
     """The same where losses come first and nothing is guessed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wmtp.loss.counts_late", lambda _: True)
+        patch.setattr("wmtp.loss.losses_first", lambda _: True)
         return selection(split, rows, group)
 
 

@@ -32,8 +32,9 @@ from wmtp import (
 )
 from wmtp.guesses import early_rho1
 from wmtp.problem import NOT_LOCAL, Gradients
+from wmtp.schedule import can_guess
 from wmtp.slab_columns import forward_columns
-from wmtp.slab_rows import can_guess, corrected_rows, forward_backward_rows, forward_guessing_rows
+from wmtp.slab_rows import corrected_rows, forward_backward_rows, forward_guessing_rows
 
 
 ALL = [True, True, True]

@@ -842,6 +842,6 @@ def test_on_a_gpu_evaluation_asks_what_counts_when_the_losses_are_known(
         return loss(hidden, unembedding, labels, given, head_weights=[1.0, 0.0, 0.5])
 
     expected = found()
-    monkeypatch.setattr("wmtp.loss.counts_late", lambda _: True)
+    monkeypatch.setattr("wmtp.loss.losses_first", lambda _: True)
     monkeypatch.setattr("wmtp.loss.linear_weighted_sum", None)
     torch.testing.assert_close(found(), expected)

@@ -11,8 +11,8 @@ from tests.helpers import OnGpu
 from wmtp.cross_entropy import Objective
 from wmtp.linear_cross_entropy import linear_problem
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget, targets_of
-from wmtp.slab_columns import can_hold, holds_better
-from wmtp.slab_layout import gradient_dtype, held_layout, most_lent, most_rows
+from wmtp.schedule import can_hold, gradient_dtype, holds_better
+from wmtp.slab_layout import held_layout, most_lent, most_rows
 
 
 MIB = 2**20

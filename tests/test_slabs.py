@@ -30,14 +30,15 @@ from wmtp import (
     linear_weighted_mtp_loss,
     operators,
     rho1_weights,
+    schedule,
     slab_columns,
     slab_layout,
     slab_rows,
     slab_softmax,
 )
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget
+from wmtp.schedule import gradient_dtype
 from wmtp.slab_columns import backward_columns, backward_held, forward_columns, forward_held
-from wmtp.slab_layout import gradient_dtype
 from wmtp.slab_rows import corrected_rows, forward_backward_rows, forward_guessing_rows
 
 
@@ -958,13 +959,13 @@ def test_all_logits_are_held_on_a_gpu_where_they_fit_with_what_is_beside_them() 
     asked = problem(x.as_subclass(OnGpu), x[:5], torch.zeros(6, dtype=torch.int64))
     # Rows of 64 logits, a copy of the hidden states, a float32 sum of them.
     size = 6 * 64 * 2 + 6 * DIM * (2 + 4)
-    assert slab_columns.can_hold(asked._replace(slab_bytes=size), needs)
-    assert not slab_columns.can_hold(asked._replace(slab_bytes=size - 1), needs)
-    assert not slab_columns.can_hold(asked._replace(slab_bytes=size), [False] * 3)
-    assert not slab_columns.can_hold(asked._replace(slab_bytes=size, hidden=x), needs)
+    assert schedule.can_hold(asked._replace(slab_bytes=size), needs)
+    assert not schedule.can_hold(asked._replace(slab_bytes=size - 1), needs)
+    assert not schedule.can_hold(asked._replace(slab_bytes=size), [False] * 3)
+    assert not schedule.can_hold(asked._replace(slab_bytes=size, hidden=x), needs)
     # A bias lets no space between the rows.
     with_bias = asked._replace(bias=x[0, :5], slab_bytes=6 * 5 * 2 + 6 * DIM * (2 + 4))
-    assert slab_columns.can_hold(with_bias, needs)
+    assert schedule.can_hold(with_bias, needs)
 
 
 @pytest.mark.parametrize("needs", [True, False])
@@ -972,11 +973,11 @@ def test_what_counts_is_asked_late_on_a_gpu(needs: bool) -> None:
     x, target = leaf(normal(0, 6, DIM)), torch.zeros(6, dtype=torch.int64)
     with torch.set_grad_enabled(needs):
         there = problem(x.as_subclass(OnGpu), x[:5], target)
-        assert operators.counts_late(there)
-        assert operators.keeps_logits(there) == needs
+        assert schedule.losses_first(there)
+        assert schedule.keeps_logits(there) == needs
         # Where they do not fit, known weights make gradients in the forward pass.
-        assert operators.counts_late(there._replace(slab_bytes=5 * 8)) != needs
-        assert not operators.counts_late(problem(x, x[:5], target))
+        assert schedule.losses_first(there._replace(slab_bytes=5 * 8)) != needs
+        assert not schedule.losses_first(problem(x, x[:5], target))
 
 
 @pytest.mark.parametrize("loss", ["none", "token nll"])
@@ -1059,7 +1060,7 @@ def test_logits_are_kept_for_weights_that_are_known_where_that_is_better(
     x, unembedding = leaf(normal(0, 1, 6, DIM)), leaf(normal(1, 50, DIM))
     labels = integers(2, 50, 1, 6)
     with held_logits():
-        monkeypatch.setattr(operators, "holds_better", lambda *_: better)
+        monkeypatch.setattr(schedule, "holds_better", lambda *_: better)
         monkeypatch.setattr(operators, "forward_held", noted)
         linear_weighted_mtp_loss(x, unembedding, labels, uniform(3, 1, 6)).backward()
         assert kept == [True] * better
@@ -1077,7 +1078,7 @@ def test_held_rows_that_a_selection_leaves_enter_no_product_of_the_backward_pass
     selection = functools.partial(rho1_weights, reference_nll=reference, keep=0.5)
     monkeypatch.setattr(operators, "can_guess", lambda *_: False)
     with held_logits():
-        monkeypatch.setattr(operators, "holds_better", lambda *_: False)
+        monkeypatch.setattr(schedule, "holds_better", lambda *_: False)
         loss = linear_weighted_mtp_loss(x, unembedding, integers(2, vocab, 1, 20), selection)
         cost = operations(loss.backward)
     assert cost == 2 * 10 * vocab * DIM * 2

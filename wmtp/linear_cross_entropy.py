@@ -23,8 +23,9 @@ from wmtp.cross_entropy import (
     with_heads,
 )
 from wmtp.documents import shift_right
-from wmtp.operators import counts_late, guessed_row_losses, row_losses, weighted_row_sum
+from wmtp.operators import guessed_row_losses, row_losses, weighted_row_sum
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, Rows, slab_budget, targets_of
+from wmtp.schedule import losses_first
 from wmtp.targets import IGNORE_INDEX, Offsets, mtp_targets, resolve_targets
 
 
@@ -97,7 +98,7 @@ def linear_mtp_ce_loss(
     problem, valid = linear_problem(
         hidden, unembedding, labels, bias, offsets, ignore_index, objective, slab_bytes
     )
-    if reduction == "none" or counts_late(problem):
+    if reduction == "none" or losses_first(problem):
         found = linear_predict(problem, valid, all_count=reduction != "none")
         return reduce_predictions(found, reduction)
     # What each counts is known, so that gradients are made in the same pass.

@@ -25,7 +25,6 @@ from wmtp.denominators import (
 )
 from wmtp.guesses import asks_ranks, check_rho1_offsets, early_rho1
 from wmtp.linear_cross_entropy import linear_predict, linear_problem, linear_weighted_sum
-from wmtp.operators import counts_late
 from wmtp.problem import Problem
 from wmtp.row_local import (
     RowLocalWeights,
@@ -34,6 +33,7 @@ from wmtp.row_local import (
     weights_from_ce,
     weights_from_logits,
 )
+from wmtp.schedule import losses_first
 from wmtp.targets import IGNORE_INDEX, Offsets, align_to_heads, known_offsets, offsets_for
 
 
@@ -364,7 +364,7 @@ def _weigh_linear(
     products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
     Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
-    late = counts_late(problem) and not needs_whole_rows(weights)
+    late = losses_first(problem) and not needs_whole_rows(weights)
     early = None
     # An operator cannot call back into what a compiler traces, and where losses come first nothing is
     # guessed; but each rank chooses that by its own sizes, and all must ask one another equally often.

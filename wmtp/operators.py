@@ -9,8 +9,7 @@ first-order gradients over them:
 ``guessed_row_losses`` does what ``row_losses`` does, in eager mode only, with gradients made on the way
 for a guess of the upstream gradient, and corrected where it was wrong.
 
-Where ``keeps_logits`` (CUDA, eager mode), ``row_losses`` keeps logits for the backward pass and takes three
-products as well; where ``counts_late`` it is the fastest of the three.
+Which walk each takes: see ``schedule.py``.
 """
 
 from collections.abc import Sequence
@@ -23,18 +22,11 @@ from torch.autograd import forward_ad
 from wmtp import _checks
 from wmtp._dtypes import wide_dtype
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
-from wmtp.slab_columns import (
-    backward_columns,
-    backward_held,
-    can_hold,
-    forward_columns,
-    forward_held,
-    holds_better,
-)
-from wmtp.slab_layout import Held, gradient_dtype
+from wmtp.schedule import can_guess, gradient_dtype, is_eager, keeps_logits, needs_of
+from wmtp.slab_columns import backward_columns, backward_held, forward_columns, forward_held
+from wmtp.slab_layout import Held
 from wmtp.slab_rows import (
     Guess,
-    can_guess,
     corrected_rows,
     forward_backward_rows,
     forward_guessing_rows,
@@ -73,8 +65,8 @@ def guessed_row_losses(problem: Problem, guess: Guess, with_correct: bool) -> Ro
             Called a few times before the cross entropy of all is known.
         with_correct: see ``Rows``.
     """
-    needs = _needs(problem)
-    if not (_is_eager(problem) and can_guess(problem, needs)):
+    needs = needs_of(problem)
+    if not (is_eager(problem) and can_guess(problem, needs)):
         return row_losses(problem, with_correct, all_count=False)
     out: tuple[Tensor, ...] = _GuessedRowLosses.apply(*problem, guess, with_correct, needs)  # pyright: ignore
     return Rows(*out[:6])
@@ -92,7 +84,7 @@ def weighted_row_sum(
     is the weighted loss of the row.
     """
     _first_order_only()
-    needs = _needs(problem)
+    needs = needs_of(problem)
     every_row = with_stats or (torch.is_grad_enabled() and factor.requires_grad)
     inputs = (*problem, factor, *weighting, with_stats, every_row, needs)
     out: Any
@@ -112,34 +104,6 @@ def _ties(problem: Problem) -> list[Tensor | None]:
     if torch.compiler.is_compiling():  # where a second backward pass is refused by Dynamo
         return [None] * 3
     return [None if tensor is None else tensor[:0].clone() for tensor in problem[:3]]
-
-
-def _needs(problem: Problem) -> list[bool]:
-    """Which gradients are asked for: of hidden states, unembedding, bias."""
-    grad = torch.is_grad_enabled()
-    return [grad and tensor is not None and tensor.requires_grad for tensor in problem[:3]]
-
-
-def _is_eager(problem: Problem) -> bool:
-    """Whether the numbers of a problem are there: no compiler, no transform."""
-    tensors = [tensor for tensor in problem[:4] if tensor is not None]
-    return not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
-
-
-def keeps_logits(problem: Problem) -> bool:
-    """Whether logits are kept for the backward pass: in eager mode, where ``can_hold``."""
-    return _is_eager(problem) and can_hold(problem, _needs(problem))
-
-
-def counts_late(problem: Problem) -> bool:
-    """Whether to ask for losses first, whatever determines what they count: see above.
-
-    Where enough logits are kept; and on a GPU where no gradient is wanted, so that the one product that
-    there is begins sooner.
-    """
-    if keeps_logits(problem):
-        return holds_better(problem, _needs(problem))
-    return problem.hidden.is_cuda and _is_eager(problem) and not any(_needs(problem))
 
 
 def _first_order_only() -> None:

@@ -48,8 +48,6 @@ from wmtp.target_rows import add_targets, scaled, write_hidden
 
 # Rows whose logits are walked over together where only their losses are wanted.
 _BLOCK_ROWS, _BLOCK_ROWS_GPU = 4096, 8192
-# So much of the logits must be kept where gradients can be summed in the forward pass.
-_SHARE_WORTHWHILE = 0.75
 # The number of rows that are kept is rounded up to one of so many, so that an allocator can reuse memory.
 _SIZES = 8
 
@@ -80,32 +78,10 @@ def backward_columns(
     return _summed_over_columns(problem, needs, known, filled, cells, rows, columns)
 
 
-def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether ``forward_held`` has the memory that it wants, and anything for the backward pass to use.
-
-    Not on a CPU: there a slab that is not used at once has left the cache when it is.
-    """
-    if not (any(needs) and problem.hidden.is_cuda):
-        return False
-    return held_layout(problem, len(problem.hidden), needs).own > 0
-
-
-def holds_better(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether that is faster than gradients made in the forward pass, where one could do either.
-
-    These take three products, where the budget has room for wide sums or the unembedding's is not wanted,
-    and a GPU adds up wide sums in a part of the time of one. Else they take four, of which every kept slab
-    saves a part.
-    """
-    if needs[1] and not problem.holds_wide(needs):
-        return True
-    return held_layout(problem, len(problem.hidden), needs).share >= _SHARE_WORTHWHILE
-
-
 def forward_held(
     problem: Problem, needs: Sequence[bool], with_correct: bool, all_count: bool
 ) -> tuple[Rows, Held]:
-    """``forward_columns``, and what it keeps of the logits. ``can_hold`` says whether to call this.
+    """``forward_columns``, and what it keeps of the logits.
 
     ``all_count``: no row with a target will have an upstream gradient of 0, unless all have.
     """

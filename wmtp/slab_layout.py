@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.problem import NOT_LOCAL, Problem, RowLocal, beside_bytes
+from wmtp.problem import Problem, beside_bytes
 from wmtp.products import evenly, filled_up, scratch_cells
 from wmtp.slab_softmax import scratch_for
 
@@ -62,23 +62,6 @@ def most_rows(problem: Problem, needs: Sequence[bool], dtype: torch.dtype) -> in
     excess = problem.wide_excess(needs) if wide else 0
     row = row_stride(problem, problem.vocab) * problem.hidden.itemsize
     return (problem.slab_bytes - excess) * 15 // 16 // row
-
-
-def gradient_dtype(problem: Problem, needs: Sequence[bool], weighting: RowLocal) -> torch.dtype:
-    """In which dtype gradients made in the forward pass wait for the upstream gradient.
-
-    Wide, if the budget holds that. But not on a GPU whose budget holds the logits of all rows instead, so
-    that nothing is summed: one product writes the unembedding's gradient, and wide sums take as long as a
-    part of one. Weights that a row gives itself may all be tiny, and only their sum, the denominator, says
-    so: their gradients are never narrowed before.
-    """
-    narrow = problem.hidden.dtype
-    if weighting != NOT_LOCAL:
-        return problem.wide
-    gpu, rows = problem.hidden.is_cuda, problem.hidden.shape[0]
-    if gpu and needs[1] and rows <= most_rows(problem, needs, narrow):
-        return narrow
-    return problem.wide if problem.holds_wide(needs) else narrow
 
 
 def row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:

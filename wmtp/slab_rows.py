@@ -13,7 +13,7 @@ Rows without a target (``target < 0``) enter no product. Plain functions of tens
 ``torch.compile`` are the business of ``operators.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
 from wmtp.products import add_product, filled_up, gathered, move_up, parts
+from wmtp.schedule import can_hold, gradient_dtype, sums_by_rows
 from wmtp.slab_columns import (
     add_to_bias,
     backward_columns,
     backward_held,
-    can_hold,
     forward_columns,
     forward_held,
     product_of,
@@ -35,7 +35,6 @@ from wmtp.slab_columns import (
     unit_of,
 )
 from wmtp.slab_layout import (
-    gradient_dtype,
     most_rows,
     row_slab,
 )
@@ -46,8 +45,6 @@ from wmtp.slab_softmax import (
 from wmtp.target_rows import add_targets, scaled, write_hidden
 
 
-# More slabs than this and guessing their factors takes a time of its own.
-_MOST_GUESSES = 256
 # Rows whose largest hidden number is more than so many times the median of all are not guessed.
 _MOST_SIZE = 8
 # A guess that is wrong by so many roundings is right.
@@ -78,10 +75,7 @@ def forward_backward_rows(
     weighted = has_target if weighting != NOT_LOCAL else has_target & (factor != 0)
     active = rows_of(problem, weighted)
     dtype = gradient_dtype(problem, needs, weighting)
-    most = most_rows(problem, needs, dtype)
-    # Where one slab is not all, or it is not known yet how large z-loss makes the gradients.
-    parted = needs[1] and len(active) > most
-    if dtype != problem.wide and (parted or (dtype == torch.float16 and problem.z_loss)):
+    if not sums_by_rows(problem, needs, dtype, len(active)):
         return _forward_then_backward(problem, factor, with_correct, every_row, needs)
     hidden, weight = problem.hidden, problem.unembedding
     factor, unit = factor.to(problem.wide), factor.new_ones((), dtype=problem.wide)
@@ -91,7 +85,7 @@ def forward_backward_rows(
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
     of_weight = unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    slab, scratch = row_slab(problem, len(active), most)
+    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs, dtype))
     into = Gradients(of_hidden, of_weight, of_bias, unit)
     for some in parts(len(active), len(slab)):
         block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
@@ -106,13 +100,6 @@ def forward_backward_rows(
     return found, Gradients(of_hidden, of_weight, of_bias.to(dtype), unit)
 
 
-def can_guess(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether ``forward_guessing_rows`` has the memory it wants, and few enough guesses to make."""
-    if not any(needs) or not problem.holds_wide(needs):
-        return False
-    return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)
-
-
 def forward_guessing_rows(
     problem: Problem, guess: Guess, with_correct: bool, needs: list[bool]
 ) -> tuple[Rows, Gradients, Tensor]:
@@ -120,7 +107,7 @@ def forward_guessing_rows(
 
     A slab's rows are taken from all over the batch, so that what is known when they are guessed is a
     fair sample of it. Rows whose loss is not finite, or whose hidden state is far larger than others,
-    are guessed to count nothing. ``can_guess`` says whether to call this.
+    are guessed to count nothing.
     """
     found = problem.empty_rows()
     active = rows_of(problem, problem.target >= 0)

@@ -85,6 +85,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_loss.py", "test_loss_autograd.py", "test_unchecked.py", "test_precision.py", _AS_ON_A_GPU,
     ),
     "slab_layout": ("test_problem.py", "test_slabs.py", "test_linear_cross_entropy.py"),
+    "schedule": (
+        "test_problem.py", "test_slabs.py", "test_guesses.py", "test_loss.py", "test_operators.py",
+        "test_linear_cross_entropy.py", "test_row_local.py", "test_transforms.py", _AS_ON_A_GPU,
+    ),
     "slab_columns": (
         "test_problem.py", "test_slabs.py", "test_guesses.py", "test_linear_cross_entropy.py",
         "test_row_local.py", "test_loss.py", "test_loss_autograd.py", "test_operators.py",

@@ -371,12 +371,12 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         '| Float[Tensor, "XXbatch seq headsXX"]',
     ): _SHAPE_CHECKED,
     (
-        "loss",
+        "denominators",
         "values = torch.where(valid, wide(token_ce), 0)",
         "values = torch.where(valid, wide(token_ce), 1)",
     ): "Multiplied by a factor that is 0 where nothing is valid.",
     (
-        "loss",
+        "denominators",
         "values = torch.where((factors == 0) & ~values.isfinite(), 0, values)",
         "values = torch.where((factors == 0) & ~values.isfinite(), 1, values)",
     ): "Multiplied by that factor, which is 0.",
@@ -387,21 +387,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Who needs no statistics throws them away: it only takes longer.",
     (
         "loss",
-        "empty = whole < torch.finfo(problem.wide).tiny",
-        "empty = whole <= torch.finfo(problem.wide).tiny",
+        "loss = loss * reciprocal(torch.where(whole < least, 0, whole))",
+        "loss = loss * reciprocal(torch.where(whole <= least, 0, whole))",
     ): "The smallest normal number has a reciprocal, but which side it is on is arbitrary.",
     (
-        "loss",
-        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
-        "loss = loss * torch.where(empty, 1, 1 / torch.where(empty, 1, whole))",
-    ): "What is then not set to 0 is a sum of weights below the smallest normal number.",
-    (
-        "loss",
+        "denominators",
         "used = used / torch.where(peak > 0, peak, 1)",
         "used = used / torch.where(peak > 0, peak, 2)",
     ): "Where the largest is 0 everything is.",
     (
-        "loss",
+        "denominators",
         "return torch.where(empty, 0, 1 / torch.where(empty, 1, count))",
         "return torch.where(empty, 0, 1 / torch.where(empty, 2, count))",
     ): "Where the sum is 0 its reciprocal is not looked at.",
@@ -416,7 +411,7 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         'return align_to_heads(weights, offsets_for(offsets, valid.shape[2], "XXthe predictionsXX"))',
     ): "Offsets that do not fit the predictions are refused with the labels, before.",
     (
-        "loss",
+        "denominators",
         'if normalizer.device.type != "cpu":  # from there a number goes anywhere, as in torch',
         'if normalizer.device.type != "XXcpuXX":  # from there a number goes anywhere, as in torch',
     ): "Without a GPU there are no predictions elsewhere that a number could come to.",
@@ -429,7 +424,7 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ("slab_softmax", "_TINY = math.exp(-30.0)", "_TINY = math.exp(-31.0)"): _THRESHOLD,
     ("slab_softmax", "_PROBABLE = math.exp(-8.0)", "_PROBABLE = math.exp(-9.0)"): _THRESHOLD,
     ("slab_rows", "_MOST_SIZE = 8", "_MOST_SIZE = 9"): _THRESHOLD,
-    ("slab_rows", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
+    ("schedule", "_MOST_GUESSES = 256", "_MOST_GUESSES = 257"): _THRESHOLD,
     ("slab_rows", "_NEAR = 8", "_NEAR = 9"): _THRESHOLD,
     (
         "slab_softmax",
@@ -613,12 +608,7 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "of_x = unfilled(x, filled.shape if needs[0] else (1,), problem.wide, active)",
     ): _UNREAD,
     (
-        "loss",
-        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 1, whole))",
-        "loss = loss * torch.where(empty, 0, 1 / torch.where(empty, 2, whole))",
-    ): "Not looked at where it is not divided by.",
-    (
-        "loss",
+        "denominators",
         "peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(1)]).amax()",
         "peak = torch.cat([used.detach().abs().flatten(), used.new_zeros(2)]).amax()",
     ): "A maximum with the same number twice.",
@@ -871,7 +861,7 @@ _explain(
 )
 _explain("problem", "return self.slab_bytes // 16", ("16", "17", _CUT))
 _explain(
-    "slab_rows",
+    "schedule",
     "return len(problem.target) <= _MOST_GUESSES * most_rows(problem, needs, problem.wide)",
     ("<=", "<", _THRESHOLD),
 )

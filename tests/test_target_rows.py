@@ -29,6 +29,7 @@ MODULES = pytest.mark.parametrize("module", [target_rows, kernels] if on_linux e
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_rows, "_PART_ROWS", 8)
+    monkeypatch.setattr(target_rows, "_NARROW_PART_ROWS", 8)
     # What is asked for here is what is called.
     monkeypatch.setattr(target_rows, "_kernels", lambda _: None)
     if on_linux:

@@ -15,8 +15,10 @@ from wmtp._kernels import kernels_for
 from wmtp.products import parts
 
 
-# How many rows are widened at a time.
-_PART_ROWS = 1024
+# How many rows are widened at a time: they stay in the cache, and take little beside a slab.
+_PART_ROWS = 256
+# And where sums are narrow, so that each is rounded as seldom as that.
+_NARROW_PART_ROWS = 1024
 
 
 def write_hidden(
@@ -47,11 +49,12 @@ def add_targets(of_weight: Tensor, wanted: Tensor, x: Tensor, at_target: Tensor)
         return
     wide = at_target.dtype
     if of_weight.dtype == wide:
-        of_weight.index_add_(0, wanted, scaled(x, at_target))
+        for part in parts(len(wanted), _PART_ROWS):
+            of_weight.index_add_(0, wanted[part], scaled(x[part], at_target[part]))
         return
     order = wanted.argsort()
     unique: Any = torch.unique  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    for some in parts(len(order), _PART_ROWS):
+    for some in parts(len(order), _NARROW_PART_ROWS):
         part = order[some]
         rows, place = unique(wanted[part], return_inverse=True)
         total = of_weight[rows].to(wide)

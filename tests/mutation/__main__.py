@@ -86,8 +86,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "slab_layout": ("test_problem.py", "test_slabs.py", "test_linear_cross_entropy.py"),
     "schedule": (
-        "test_problem.py", "test_slabs.py", "test_guesses.py", "test_loss.py", "test_operators.py",
-        "test_linear_cross_entropy.py", "test_row_local.py", "test_transforms.py", _AS_ON_A_GPU,
+        "test_problem.py", "test_guesses.py", "test_slabs.py", "test_loss.py", "test_loss_autograd.py",
+        _AS_ON_A_GPU,
     ),
     "slab_columns": (
         "test_problem.py", "test_slabs.py", "test_guesses.py", "test_linear_cross_entropy.py",

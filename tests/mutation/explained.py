@@ -32,7 +32,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "lambdas = None if (head_weights is None) and False else "
         "head_weights_of(head_weights, valid.to(dtype))",
     ): "Without head weights each is one over their number, which is not 0.",
-    ("target_rows", "_PART_ROWS = 1024", "_PART_ROWS = 1025"): _SPEED,
+    ("target_rows", "_PART_ROWS = 256", "_PART_ROWS = 257"): _SPEED,
+    ("target_rows", "_NARROW_PART_ROWS = 1024", "_NARROW_PART_ROWS = 1025"): _SPEED,
     (
         "target_rows",
         "kernels.write_hidden(out, rows, of_x, scale, weight, wanted, at_target)",

@@ -12,7 +12,7 @@ from wmtp.cross_entropy import Objective
 from wmtp.linear_cross_entropy import linear_problem
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget, targets_of
 from wmtp.schedule import can_hold, gradient_dtype, holds_better
-from wmtp.slab_layout import held_layout, most_lent, most_rows
+from wmtp.slab_layout import column_slab, held_layout, most_lent, most_rows
 
 
 MIB = 2**20
@@ -214,6 +214,28 @@ def test_a_budget_for_no_slab_of_all_rows_holds_nothing() -> None:
     asked, needs = on_gpu(2**16, 2**18), [True, True, False]
     assert held_layout(asked, 2**16, needs).share == 0
     assert not can_hold(asked, needs)
+
+
+@pytest.mark.parametrize("rows", [2**14, 2**16, 2**17, 2**18])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_slabs_of_many_rows_stay_wide_enough_to_be_summed(rows: int, gpu: bool) -> None:
+    """Each adds to a sum of the hidden states' size: of narrow ones that took as long as a product."""
+    asked = on_gpu(rows, None)
+    if not gpu:
+        asked = asked._replace(hidden=asked.hidden.as_subclass(torch.Tensor))
+    at_once, columns = column_slab(asked, rows, rows * 4096 * 6)
+    assert columns >= (3900 if gpu else 900)
+    assert 2 * at_once * columns <= (2**29 if gpu else 2**25) * 1.01
+    assert at_once == rows or at_once >= (2**15 if gpu else 2**13)
+
+
+def test_small_slabs_of_vocabulary_are_square() -> None:
+    for cells in (50, 5000, 128256):
+        asked = on_gpu(3000, None)
+        asked = asked._replace(hidden=asked.hidden.as_subclass(torch.Tensor), slab_bytes=2 * cells)
+        rows, columns = column_slab(asked, 3000, 0)
+        assert cells * 0.6 < rows * columns <= cells
+        assert 1 / 3 < rows / columns < 3
 
 
 def test_a_budget_of_a_row_is_the_least() -> None:

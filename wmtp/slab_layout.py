@@ -12,6 +12,7 @@ the backward pass hands it out; every call then takes it at once. If the graph i
 pass they are made anew, in memory of their own.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ from wmtp.slab_softmax import scratch_for
 # that are large enough for a GPU.
 _COLUMN_SLAB_BYTES = 2**25
 _COLUMN_SLAB_BYTES_GPU = 2**29
-# Slabs of vocabulary narrower than this waste the matrix units; rows are blocked instead.
-_MIN_COLUMNS = 256
+# Before slabs of vocabulary get narrower than this rows are blocked: each slab adds to a sum as large as
+# the hidden states, which takes as long as to make some columns of it. Small slabs are square instead.
+_LEAST_COLUMNS, _LEAST_COLUMNS_GPU = 1024, 4096
 # To add up the hidden states' gradient takes a GPU about as long as to make the logits of so many columns.
 _SUM_COLUMNS = 1000
 # Into how many pieces a slab of vocabulary is cut at most, so that more of them are kept.
@@ -85,12 +87,12 @@ def column_slab(problem: Problem, rows: int, beside: int) -> tuple[int, int]:
     three quarters of it.
     """
     size = problem.hidden.dtype.itemsize
-    budget, large = problem.slab_bytes, _COLUMN_SLAB_BYTES
+    budget, large, least = problem.slab_bytes, _COLUMN_SLAB_BYTES, _LEAST_COLUMNS
     if problem.hidden.is_cuda:
         budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU
-    budget = max(1, budget // size)
-    cells = min(budget, large // size)
-    most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))
+        least = _LEAST_COLUMNS_GPU
+    cells = max(1, min(budget, large) // size)
+    most = max(cells // max(filled_up(rows, cells), 1), min(least, math.isqrt(cells)))
     # Rows that lie a power of two apart meet in the same lines of a CPU's cache: a product that writes
     # them takes 7 % longer. At an odd multiple of 16 columns they do not.
     on_gpu = problem.hidden.is_cuda

@@ -102,6 +102,33 @@ def test_a_gpu_sums_narrow_products_wide_in_one_operation(
     assert torch.equal(total, wanted.as_subclass(Tensor))
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_gpu_without_wide_sums_widens_products_by_parts(
+    dtype: torch.dtype, fresh: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 where cuBLAS may add up in it, bfloat16 before Ampere."""
+    a, b = of_integers((5, 3), 0, dtype).as_subclass(OnGpu), of_integers((3, 4), 1, dtype)
+    total = torch.full((5, 4), torch.nan) if fresh else normal(2, 5, 4).float()
+    unit = torch.tensor(0.25) if scaled else None
+    wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
+    monkeypatch.setattr(products, "_PART_ROWS", 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    if dtype == torch.bfloat16:
+        a = a.as_subclass(PreAmpere)
+    try:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = dtype == torch.float16
+        products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert torch.equal(total, wanted.as_subclass(Tensor))
+
+
+class PreAmpere(OnGpu):
+    device = torch.device("cuda")  # pyright: ignore[reportAssignmentType]
+
+
 @given(rows=st.integers(0, 100), room=st.integers(0, 100))
 def test_blocks_are_filled_up_as_far_as_there_is_room(rows: int, room: int) -> None:
     filled = products.filled_up(rows, room)

@@ -99,6 +99,13 @@ def add_product(
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
+    if a.is_cuda and not _gpu_sums_wide(a):
+        for part in parts(len(a), _PART_ROWS):
+            product = torch.mm(a[part], b).to(total.dtype)
+            if unit is not None:
+                product *= unit
+            total[part].copy_(product) if fresh else total[part].add_(product)
+        return
     if a.is_cuda:
         scale = 1.0 if unit is None else float(unit)
         old = 0 if fresh else 1
@@ -124,3 +131,11 @@ def add_product(
             if unit is not None:
                 widened.mul_(unit)
             into.copy_(widened) if fresh else into.add_(widened)
+
+
+def _gpu_sums_wide(a: Tensor) -> bool:
+    """Whether cuBLAS has a product of such matrices with a float32 result."""
+    if a.dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    # Of bfloat16 not before Ampere, where torch emulates it.
+    return a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) >= (8, 0)

@@ -57,8 +57,7 @@ def forward_columns(problem: Problem, with_correct: bool) -> Rows:
     active = rows_of(problem, problem.target >= 0)
     block = _BLOCK_ROWS_GPU if problem.hidden.is_cuda else _BLOCK_ROWS
     rows, columns = column_slab(problem, min(len(active), block), copied_bytes(problem, active))
-    cells = problem.hidden.new_empty(rows * row_stride(problem, columns))
-    return _found_in_columns(problem, with_correct, active, cells, rows, columns)
+    return _found_in_columns(problem, with_correct, active, rows, columns)
 
 
 def backward_columns(
@@ -72,10 +71,9 @@ def backward_columns(
     active = ((problem.target >= 0) & (upstream != 0)).nonzero().squeeze(1)
     summed = len(active) * problem.hidden.shape[1] * problem.wide.itemsize
     rows, columns = column_slab(problem, len(active), copied_bytes(problem, active) + summed)
-    cells = problem.hidden.new_empty(rows * row_stride(problem, columns))
     filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))
     known = _known_of(problem, upstream, base, log_sum, active)
-    return _summed_over_columns(problem, needs, known, filled, cells, rows, columns)
+    return _summed_over_columns(problem, needs, known, filled, rows, columns)
 
 
 def forward_held(
@@ -92,7 +90,7 @@ def forward_held(
     layout = held_layout(problem, room, needs, all_count and len(active) == every)
     held = held_for(problem, active, room, layout)
     size = len(active), held.layout.columns
-    return _found_in_columns(problem, with_correct, active, held.own, *size, held), held
+    return _found_in_columns(problem, with_correct, active, *size, held), held
 
 
 def backward_held(
@@ -119,7 +117,7 @@ def backward_held(
         left = int(size)
         known, x, source = _Known(*(column[:left] for column in known)), x[:left], source[:left]
     size = len(known.rows), held.layout.columns
-    return _summed_over_columns(problem, needs, known, x, held.own, *size, held, source)
+    return _summed_over_columns(problem, needs, known, x, *size, held, source)
 
 
 def rows_of(problem: Problem, counted: Tensor) -> Tensor:
@@ -140,7 +138,6 @@ def _found_in_columns(
     problem: Problem,
     with_correct: bool,
     active: Tensor,
-    cells: Tensor,
     rows: int,
     columns: int,
     held: Held | None = None,
@@ -150,6 +147,7 @@ def _found_in_columns(
     The last columns come first: if some are held, the first are left in the cells when all are done.
     """
     found: Rows | None = None
+    cells = _cells_of(problem, rows, columns, held)
     scratch = scratch_for(laid_out(problem, cells, rows, columns), problem.scratch_bytes)
     for some in parts(len(active), rows):
         block = active[some]
@@ -258,7 +256,6 @@ def _summed_over_columns(
     needs: list[bool],
     known: _Known,
     filled: Tensor,
-    cells: Tensor,
     rows: int,
     columns: int,
     held: Held | None = None,
@@ -274,8 +271,6 @@ def _summed_over_columns(
     unit = unit_of(grown, x, weight)
     factor = factor / unit
     left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
-    scale = torch.ones_like(factor) if left is None else left
-    rescaled = x if left is None else scaled(x, left).to(x.dtype)
     of_x = unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     if needs[1] and held is not None and len(held.lent):
         # Slice by slice, when the logits that lie there have been used up. A view that was made without
@@ -286,14 +281,51 @@ def _summed_over_columns(
     else:
         of_weight = unfilled(weight, weight.shape if needs[1] else (0,), weight.dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
+    sums = Gradients(of_x, of_weight, of_bias, unit)
+    known = known._replace(factor=factor)
+    at_target = _sum_slabs(
+        problem, needs, known, filled, left, sums, rows, columns, held, source
+    )  # fmt: skip
+    of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
+    if needs[0]:
+        scale = torch.ones_like(factor) if left is None else left
+        write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
+    del sums, of_x
+    if needs[1]:
+        add_targets(of_weight, wanted, x, at_target)
+    if needs[2]:
+        of_bias.index_add_(0, wanted, at_target)
+    return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
+
+
+def _sum_slabs(
+    problem: Problem,
+    needs: list[bool],
+    known: _Known,
+    filled: Tensor,
+    left: Tensor | None,
+    sums: Gradients,
+    rows: int,
+    columns: int,
+    held: Held | None,
+    source: Tensor | None,
+) -> Tensor:
+    """Add up all products, of hidden states by their place among the rows; what is at the targets.
+
+    A function of its own, so that slab and scratch are gone before anything else is asked for.
+    """
+    active, factor, wanted, base, log_sum = known
+    x, weight = filled[: len(active)], problem.unembedding
+    rescaled = x if left is None else scaled(x, left).to(x.dtype)
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
+    cells = _cells_of(problem, rows, columns, held)
     scratch = scratch_for(
         laid_out(problem, cells, rows, columns), problem.scratch_bytes, sum_cells(problem)
     )
     for number, part in enumerate(parts(problem.vocab if len(active) else 0, columns)):
-        total = of_weight[part]
+        total = sums.unembedding[part]
         if needs[1] and sum_dtype != total.dtype:
             total = torch.empty_like(total, dtype=sum_dtype)
         kept = None if held is None else used_slab(problem, held, number, part)
@@ -313,23 +345,23 @@ def _summed_over_columns(
                 None if kept is None else source,
             )  # fmt: skip
             if needs[0]:
-                add_product(of_x[whole], made, weight[part], scratch, fresh=part.start == 0)
+                into = sums.hidden[whole]
+                add_product(into, made, weight[part], scratch, fresh=part.start == 0)
             if needs[1]:
                 add_product(total, logits.T, rescaled[block], scratch, fresh=block.start == 0)
             if needs[2]:
-                add_to_bias(problem, of_bias[part], logits, None if left is None else left[block])
-        if needs[1] and sum_dtype != of_weight.dtype:
-            of_weight[part] = total
-    del cells, scratch, rescaled
-    of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
-    if needs[0]:
-        write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
-    del of_x
-    if needs[1]:
-        add_targets(of_weight, wanted, x, at_target)
-    if needs[2]:
-        of_bias.index_add_(0, wanted, at_target)
-    return Gradients(of_hidden, of_weight, of_bias.to(weight.dtype), unit)
+                scale = None if left is None else left[block]
+                add_to_bias(problem, sums.bias[part], logits, scale)
+        if needs[1] and sum_dtype != weight.dtype:
+            sums.unembedding[part] = total
+    return at_target
+
+
+def _cells_of(problem: Problem, rows: int, columns: int, held: Held | None) -> Tensor:
+    """Memory for a slab: that of the first which is held, when that has been used, or new."""
+    if held is not None:
+        return held.own
+    return problem.hidden.new_empty(rows * row_stride(problem, columns))
 
 
 def product_of(problem: Problem, x: Tensor, part: slice, out: Tensor) -> None:

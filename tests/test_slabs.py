@@ -835,6 +835,17 @@ def test_a_gpu_sums_the_gradient_of_a_bias_without_a_wide_copy(dtype: torch.dtyp
             slab_columns.add_to_bias(asked, total, logits.as_subclass(OnGpu), None)
 
 
+def test_a_slab_is_gone_before_the_gradient_of_the_hidden_states_is_asked_for() -> None:
+    rows, size, needs = 1008, 2**20, [True, False, False]
+    x, unembedding = normal(0, rows, 64).float(), normal(1, 4000, 64).float()
+    asked = problem(x, unembedding, integers(2, 4000, rows), slab_bytes=size)
+    found = forward_columns(asked, False)
+    known = uniform(3, rows).float(), found.base, found.log_sum
+    peak = peak_bytes(lambda: backward_columns(asked, *known, needs))
+    # A sum as large as the hidden states, the slab and its scratch; or that, the gradient and a part.
+    assert peak < 4 * x.numel() + 1.1 * size + 4 * rows * 16
+
+
 def test_a_float16_unit_is_found_without_a_copy() -> None:
     weight, factor = normal(0, 4096, 64).half(), torch.full((10,), 1e-6)
     negative, unit = -200 * weight.abs(), []

@@ -316,7 +316,7 @@ def _sum_slabs(
     """
     active, factor, wanted, base, log_sum = known
     x, weight = filled[: len(active)], problem.unembedding
-    rescaled = x if left is None else scaled(x, left).to(x.dtype)
+    rescaled = x if left is None or not needs[1] else scaled(x, left).to(x.dtype)
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide

@@ -34,6 +34,7 @@ from measure import (
 )
 from peers import (
     CASES,
+    CHECKED_SIZES,
     CONTENDERS,
     DTYPES,
     LEAN_BYTES,
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=1.5, help="per table, as linear_loss.py")
+    parser.add_argument("--minutes", type=float, default=1.0, help="per table, as linear_loss.py")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -186,7 +187,8 @@ def main() -> None:
         else:
             able.append(name)
         release(options.device)
-    answers = verdicts(able, options.dtype, options.device, 4000 if options.small else 33000)
+    checked = 4000 if options.small else CHECKED_SIZES.vocab
+    answers = verdicts(able, options.dtype, options.device, checked)
     release(options.device)
     for heads in options.heads:
         rows += compare(

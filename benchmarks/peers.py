@@ -238,7 +238,8 @@ _LIGER, _CUT, _QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
 LEAN_BYTES = 3 * 2**30 // 10
 # At the size of the check the default holds all logits on a GPU. A part of them, in the memory of the
 # gradient too; and sums and guesses in the forward pass instead.
-CHECKED_BYTES = 8 * 2**20, 24 * 2**20
+CHECKED_BYTES = 8 * 2**20, 36 * 2**20
+CHECKED_SIZES = Sizes(batch=2, seq=96, heads=4, dim=256, vocab=33000)
 
 CONTENDERS = {
     "wmtp": Contender(
@@ -299,9 +300,11 @@ class Truth(NamedTuple):
     answers: dict[bool, list[Tensor]]
 
 
-def truths(dtype: torch.dtype, device: str = "cpu", vocab: int = 33000) -> dict[str, Truth]:
+def truths(
+    dtype: torch.dtype, device: str = "cpu", vocab: int = CHECKED_SIZES.vocab
+) -> dict[str, Truth]:
     """Of a problem of several slabs for every contender, in every case."""
-    base = make_inputs(Sizes(2, 96, 4, 64, vocab), dtype, device)
+    base = make_inputs(CHECKED_SIZES._replace(vocab=vocab), dtype, device)
     found: dict[str, Truth] = {}
     for label, case in CASES.items():
         x = prepare(base, case)
@@ -344,7 +347,7 @@ def errors(name: str, truth: Truth) -> list[float]:
 
 
 def verdicts(
-    names: list[str], dtype_name: str, device: str = "cpu", vocab: int = 33000
+    names: list[str], dtype_name: str, device: str = "cpu", vocab: int = CHECKED_SIZES.vocab
 ) -> dict[tuple[str, str], str]:
     """``{(contender, case): "right", "WRONG by 3.1e-01", "raises …"}``, printed on the way."""
     found: dict[tuple[str, str], str] = {}

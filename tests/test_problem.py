@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tests.helpers import OnGpu
 from wmtp.cross_entropy import Objective
 from wmtp.linear_cross_entropy import linear_problem
 from wmtp.problem import NOT_LOCAL, Problem, RowLocal, slab_budget, targets_of
-from wmtp.schedule import can_hold, gradient_dtype, holds_better
+from wmtp.schedule import can_guess, can_hold, gradient_dtype, holds_better
 from wmtp.slab_layout import column_slab, held_layout, most_lent, most_rows
 
 
@@ -208,6 +211,26 @@ def test_without_room_for_wide_sums_only_a_frozen_unembedding_needs_no_fourth_pr
     assert not asked.holds_wide(needs)
     assert held_layout(asked, 16384, needs).share < 0.75
     assert holds_better(asked, needs) is needs[1]
+
+
+def test_the_benchmarks_check_takes_every_route_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is compared with float64 first, at a smaller size: so that size needs all of them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    peers: Any = importlib.import_module("peers")
+    x = peers.make_inputs(peers.CHECKED_SIZES, torch.bfloat16)
+    hidden, needs = x.hidden.detach().flatten(0, 2).as_subclass(OnGpu), [True, True, False]
+    target = torch.zeros(len(hidden), dtype=torch.int64)
+    taken: list[tuple[bool, ...]] = []
+    for size in (None, *peers.CHECKED_BYTES):
+        size = slab_budget(size, hidden, x.unembedding)
+        asked = Problem(hidden, x.unembedding.detach(), None, target, 0.0, 0.0, 0.0, size)
+        layout = held_layout(asked, len(hidden), needs)
+        anew = layout.own + layout.lent < layout.slabs
+        taken.append((holds_better(asked, needs), layout.lent > 0, anew, can_guess(asked, needs)))
+    # All are kept; a part, in the gradient too; sums and guesses in the forward pass.
+    assert taken[0][:3] == (True, False, False)
+    assert taken[1][:3] == (True, True, True)
+    assert taken[2] == (False, False, True, True)
 
 
 def test_a_budget_for_no_slab_of_all_rows_holds_nothing() -> None:

@@ -500,8 +500,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "One product alone, rounded once: a slice of memory more.",
     (
         "slab_columns",
-        "if needs[1] and sum_dtype != of_weight.dtype:",
-        "if needs[1] or sum_dtype != of_weight.dtype:",
+        "if needs[1] and sum_dtype != weight.dtype:",
+        "if needs[1] or sum_dtype != weight.dtype:",
     ): "Where the gradient is not wanted it is empty: nothing is written to nothing.",
     (
         "slab_rows",
@@ -732,7 +732,12 @@ _explain(
     ("2**25", "3**25", _CUT),
     ("2**25", "2**26", _CUT),
 )
-_explain("slab_layout", "_MIN_COLUMNS = 256", ("256", "257", _CUT))
+_explain(
+    "slab_layout",
+    "_LEAST_COLUMNS, _LEAST_COLUMNS_GPU = 1024, 4096",
+    ("1024", "1025", _CUT),
+    ("4096", "4097", _CUT),
+)
 _explain("slab_layout", "_SUM_COLUMNS = 1000", ("1000", "1001", _CUT))
 _explain("slab_layout", "_MOST_PIECES = 8", ("8", "9", _CUT))
 _explain("slab_layout", _EXCESS, ("else 0", "else 1", _CUT))
@@ -741,10 +746,10 @@ _explain(
     "budget, large = max(budget - beside, budget // 4), _COLUMN_SLAB_BYTES_GPU",
     ("4", "5", _CUT),
 )
-_explain("slab_layout", "budget = max(1, budget // size)", ("1", "2", _CUT))
+_explain("slab_layout", "cells = max(1, min(budget, large) // size)", ("1", "2", _CUT))
 _explain(
     "slab_layout",
-    "most = max(cells // max(filled_up(rows, cells), 1), min(_MIN_COLUMNS, budget))",
+    "most = max(cells // max(filled_up(rows, cells), 1), min(least, math.isqrt(cells)))",
     ("1", "2", _CUT),
 )
 _explain("slab_layout", "if most >= aligned:", (">=", ">", _CUT))

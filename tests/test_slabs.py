@@ -846,6 +846,20 @@ def test_a_slab_is_gone_before_the_gradient_of_the_hidden_states_is_asked_for() 
     assert peak < 4 * x.numel() + 1.1 * size + 4 * rows * 16
 
 
+def test_rows_that_only_statistics_want_have_the_memory_of_the_others_slab() -> None:
+    rows, size, needs = 1024, 2**22, [True, True, False]
+    x, unembedding = normal(0, rows, 64).float(), normal(1, 4000, 64).float()
+    asked = problem(x, unembedding, integers(2, 4000, rows), slab_bytes=size)
+    factor = uniform(3, rows).float() * (torch.arange(rows) % 2)
+
+    def walk(every_row: bool) -> object:
+        return forward_backward_rows(asked, factor, NOT_LOCAL, False, every_row, needs)
+
+    without, with_them = (peak_bytes(lambda w=wanted: walk(w)) for wanted in (False, True))
+    gradients = 4 * (x.numel() + unembedding.numel())
+    assert max(without, with_them) <= 1.1 * (gradients + size)
+
+
 def test_a_float16_unit_is_found_without_a_copy() -> None:
     weight, factor = normal(0, 4096, 64).half(), torch.full((10,), 1e-6)
     negative, unit = -200 * weight.abs(), []

@@ -85,15 +85,9 @@ def forward_backward_rows(
     of_hidden = hidden.new_zeros(hidden.shape if needs[0] else 0, dtype=dtype)
     of_weight = unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
-    slab, scratch = row_slab(problem, len(active), most_rows(problem, needs, dtype))
     into = Gradients(of_hidden, of_weight, of_bias, unit)
-    for some in parts(len(active), len(slab)):
-        block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
-        put(found, block.rows, done)
-        scale = factor[block.rows] * done.weight
-        _add_gradients(problem, into, block, scale, scale, scratch, fresh=some.start == 0)
-    # Freed before anything else is asked for: what comes takes its place.
-    del slab, scratch
+    most = most_rows(problem, needs, dtype)
+    _sum_blocks(problem, active, most, factor, weighting, with_correct, found, into)
     if every_row:
         left = torch.where(weighted, -1, problem.target)
         _fill_in(found, forward_columns(problem._replace(target=left), with_correct), ~weighted)
@@ -162,6 +156,28 @@ def corrected_rows(
         # What was written for hidden states is written anew, what was added for others is added to.
         _add_gradients(problem, made, block, of_hidden, of_others, scratch, fresh=False)
     return made
+
+
+def _sum_blocks(
+    problem: Problem,
+    active: Tensor,
+    most: int,
+    factor: Tensor,
+    weighting: RowLocal,
+    with_correct: bool,
+    found: Rows,
+    into: Gradients,
+) -> None:
+    """Fill in what is found of the active rows, at most so many at a time, and add up their gradients.
+
+    A function of its own, so that slab and scratch are gone before anything else is asked for.
+    """
+    slab, scratch = row_slab(problem, len(active), most)
+    for some in parts(len(active), len(slab)):
+        block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
+        put(found, block.rows, done)
+        scale = factor[block.rows] * done.weight
+        _add_gradients(problem, into, block, scale, scale, scratch, fresh=some.start == 0)
 
 
 class _Block(NamedTuple):

@@ -98,6 +98,7 @@ def test_a_gpu_sums_narrow_products_wide_in_one_operation(
     wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
     assert products.scratch_cells(a, torch.float32) == 0
     monkeypatch.setattr(torch, "addmm", addmm_of_a_gpu)
+    monkeypatch.setattr(torch, "mm", None)
     products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
     assert torch.equal(total, wanted.as_subclass(Tensor))
 
@@ -116,7 +117,7 @@ def test_a_gpu_without_wide_sums_widens_products_by_parts(
     monkeypatch.setattr(products, "_PART_ROWS", 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     if dtype == torch.bfloat16:
-        a = a.as_subclass(PreAmpere)
+        a = a.as_subclass(OnACard)
     try:
         torch.backends.cuda.matmul.allow_fp16_accumulation = dtype == torch.float16
         products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
@@ -125,7 +126,16 @@ def test_a_gpu_without_wide_sums_widens_products_by_parts(
     assert torch.equal(total, wanted.as_subclass(Tensor))
 
 
-class PreAmpere(OnGpu):
+@pytest.mark.parametrize(("capability", "wide"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_is_summed_wide_from_ampere_on(
+    capability: tuple[int, int], wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert products._gpu_sums_wide(torch.zeros(2).bfloat16().as_subclass(OnACard)) is wide
+    assert products._gpu_sums_wide(torch.zeros(2).half().as_subclass(OnACard))
+
+
+class OnACard(OnGpu):
     device = torch.device("cuda")  # pyright: ignore[reportAssignmentType]
 
 

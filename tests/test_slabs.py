@@ -846,9 +846,12 @@ def test_a_slab_is_gone_before_the_gradient_of_the_hidden_states_is_asked_for() 
     assert peak < 4 * x.numel() + 1.1 * size + 4 * rows * 16
 
 
-def test_rows_that_only_statistics_want_have_the_memory_of_the_others_slab() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_only_statistics_want_have_the_memory_of_the_others_slab(
+    dtype: torch.dtype,
+) -> None:
     rows, size, needs = 1024, 2**22, [True, True, False]
-    x, unembedding = normal(0, rows, 64).float(), normal(1, 4000, 64).float()
+    x, unembedding = normal(0, rows, 64).to(dtype), normal(1, 4000, 64).to(dtype)
     asked = problem(x, unembedding, integers(2, 4000, rows), slab_bytes=size)
     factor = uniform(3, rows).float() * (torch.arange(rows) % 2)
 
@@ -856,7 +859,7 @@ def test_rows_that_only_statistics_want_have_the_memory_of_the_others_slab() -> 
         return forward_backward_rows(asked, factor, NOT_LOCAL, False, every_row, needs)
 
     without, with_them = (peak_bytes(lambda w=wanted: walk(w)) for wanted in (False, True))
-    gradients = 4 * (x.numel() + unembedding.numel())
+    gradients = dtype.itemsize * (x.numel() + unembedding.numel())
     assert max(without, with_them) <= 1.1 * (gradients + size)
 
 

@@ -89,8 +89,12 @@ def forward_backward_rows(
     most = most_rows(problem, needs, dtype)
     _sum_blocks(problem, active, most, factor, weighting, with_correct, found, into)
     if every_row:
+        # In what the sums leave of the budget.
+        excess = problem.wide_excess(needs) if dtype == problem.wide else 0
+        budget = max(problem.slab_bytes - excess, problem.row_bytes)
         left = torch.where(weighted, -1, problem.target)
-        _fill_in(found, forward_columns(problem._replace(target=left), with_correct), ~weighted)
+        others = problem._replace(target=left, slab_bytes=budget)
+        _fill_in(found, forward_columns(others, with_correct), ~weighted)
     return found, Gradients(of_hidden, of_weight, of_bias.to(dtype), unit)
 
 

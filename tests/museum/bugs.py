@@ -654,7 +654,7 @@ LINEAR = (
         "gradients gated on the input",
         "a frozen trunk with a trainable unembedding gets no gradient at all",
         "Liger-Kernel, fused linear cross entropy",
-        "wmtp/operators.py",
+        "wmtp/schedule.py",
         "tensor.requires_grad for tensor in problem[:3]",
         "tensor.requires_grad and problem.hidden.requires_grad for tensor in problem[:3]",
         "test_loss_autograd.py",

@@ -1059,3 +1059,13 @@ _explain(
     'said = f"{label} or less" if label == -_BELOW_ZERO // 2 else label',
     ("//", "/", "The same number."),
 )
+_explain(
+    "loss",
+    "loss = loss * reciprocal(torch.where(whole < least, 0, whole))",
+    ("0", "1", "What is then not set to 0 is a sum of weights below the smallest normal number."),
+)
+_explain(
+    "slab_columns",
+    "for part in parts(len(logits), problem.scratch_bytes // 2 // size):",
+    ("// 2", "// 3", _CUT),
+)

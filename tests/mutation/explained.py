@@ -1064,8 +1064,3 @@ _explain(
     "loss = loss * reciprocal(torch.where(whole < least, 0, whole))",
     ("0", "1", "What is then not set to 0 is a sum of weights below the smallest normal number."),
 )
-_explain(
-    "slab_columns",
-    "for part in parts(len(logits), problem.scratch_bytes // 2 // size):",
-    ("// 2", "// 3", _CUT),
-)

@@ -9,8 +9,11 @@
     1 + 3ρ       forward_columns, backward_columns            by whatever is left
 
 A product is one over all rows, ρ the share of rows that count, ε that of wrong guesses; 1 is ρ where it is
-known beforehand what counts. Nothing here reads a number in a tensor. The walks are in ``slab_columns.py``
-and ``slab_rows.py``; one that has waited for the number of rows to do asks ``sums_by_rows``.
+known beforehand what counts. Weights that a row gives itself take ``forward_backward_rows`` in evaluation
+too, for one product, but not on a GPU if their cross entropy tells them.
+
+Nothing here reads a number in a tensor. The walks are in ``slab_columns.py`` and ``slab_rows.py``; one that
+has waited for the number of rows to do asks ``sums_by_rows``.
 """
 
 from collections.abc import Sequence

@@ -234,11 +234,10 @@ def vjp_of_vjp(loss: Loss) -> Any:
     return pull(out)
 
 
-def compiled_grad(loss: Loss, outer: Callable[[Any], Any] = lambda inner: inner) -> Any:
-    """A transform of a transform, if there is an outer one, as one graph or however many it takes."""
+def compiled_grad(loss: Loss) -> Any:
     torch._dynamo.reset()
     once = torch.func.grad(of(number(loss), tensors()))
-    return torch.compile(outer(once), backend="aot_eager")(*tensors()[:2])
+    return torch.compile(once, backend="aot_eager", fullgraph=True)(*tensors()[:2])
 
 
 def compiled_jvp(loss: Loss) -> Any:
@@ -278,7 +277,11 @@ def exported_jvp(loss: Loss) -> Any:
 
 
 def compiled_grad_of_grad(loss: Loss) -> Any:
-    return compiled_grad(loss, lambda once: torch.func.grad(lambda *x: once(*x).square().sum()))
+    """As one graph or however many it takes."""
+    torch._dynamo.reset()
+    once = torch.func.grad(of(number(loss), tensors()))
+    twice = torch.func.grad(lambda *x: once(*x).square().sum())
+    return torch.compile(twice, backend="aot_eager")(*tensors()[:2])
 
 
 def jvp_of_vjp(loss: Loss) -> Any:

@@ -1064,3 +1064,23 @@ _explain(
     "loss = loss * reciprocal(torch.where(whole < least, 0, whole))",
     ("0", "1", "What is then not set to 0 is a sum of weights below the smallest normal number."),
 )
+_explain(
+    "loss",
+    "if not torch.compiler.is_compiling() and (asks_ranks(weights) or not late):",
+    (" and (", " or (", "What is asked early and not used takes time alone."),
+)
+_LINE = 'count = "tokens" if normalizer == "weights" else normalizer'
+_COMMON = "A guess is right if it is but for a common factor."
+_explain(
+    "loss",
+    _LINE,
+    ('normalizer == "weights"', '(normalizer == "weights") and False', _COMMON),
+    ('normalizer == "weights"', '(normalizer == "weights") or True', _COMMON),
+    ("==", "!=", _COMMON),
+    ('== "weights"', '== "XXweightsXX"', _COMMON),
+)
+_explain(
+    "operators",
+    "if _compiled_without_gradient(*problem[:3], factor):",
+    ("[:3]", "[:4]", "Targets are whole numbers and require no gradient."),
+)

@@ -1079,8 +1079,3 @@ _explain(
     ("==", "!=", _COMMON),
     ('== "weights"', '== "XXweightsXX"', _COMMON),
 )
-_explain(
-    "operators",
-    "if _compiled_without_gradient(*problem[:3], factor):",
-    ("[:3]", "[:4]", "Targets are whole numbers and require no gradient."),
-)

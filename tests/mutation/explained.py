@@ -1079,3 +1079,17 @@ _explain(
     ("==", "!=", _COMMON),
     ('== "weights"', '== "XXweightsXX"', _COMMON),
 )
+_explain(
+    "operators",
+    "return [None if tensor is None else tensor[:0].clone() for tensor in problem[:3]]",
+    ("[:0]", "[:1]", "A row more of memory."),
+)
+_explain(
+    "denominators",
+    "return number if number.device == like.device else like.new_ones(()) * number",
+    (
+        "number.device == like.device",
+        "(number.device == like.device) and False",
+        "Once the number.",
+    ),
+)

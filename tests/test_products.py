@@ -86,21 +86,29 @@ def test_sums_in_the_dtype_of_the_products_need_no_scratch(fresh: bool) -> None:
     torch.testing.assert_close(total, wanted)
 
 
+def drawn_on_a_gpu(
+    dtype: torch.dtype, fresh: bool, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Two matrices, a total, a unit if there is one, and what is to become of the total."""
+    a, b = of_integers((5, 3), 0, dtype), of_integers((3, 4), 1, dtype)
+    total = torch.full((5, 4), torch.nan) if fresh else normal(2, 5, 4).float()
+    unit = torch.tensor(0.25) if scaled else None
+    wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
+    return a.as_subclass(OnGpu), b, total, unit, wanted
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_gpu_sums_narrow_products_wide_in_one_operation(
     dtype: torch.dtype, fresh: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = of_integers((5, 3), 0, dtype).as_subclass(OnGpu), of_integers((3, 4), 1, dtype)
-    total = torch.full((5, 4), torch.nan) if fresh else normal(2, 5, 4).float()
-    unit = torch.tensor(0.25) if scaled else None
-    wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
+    a, b, total, unit, wanted = drawn_on_a_gpu(dtype, fresh, scaled)
     assert products.scratch_cells(a, torch.float32) == 0
     monkeypatch.setattr(torch, "addmm", addmm_of_a_gpu)
     monkeypatch.setattr(torch, "mm", None)
     products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
-    assert torch.equal(total, wanted.as_subclass(Tensor))
+    assert torch.equal(total, wanted)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -110,10 +118,7 @@ def test_a_gpu_without_wide_sums_widens_products_by_parts(
     dtype: torch.dtype, fresh: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float16 where cuBLAS may add up in it, bfloat16 before Ampere."""
-    a, b = of_integers((5, 3), 0, dtype).as_subclass(OnGpu), of_integers((3, 4), 1, dtype)
-    total = torch.full((5, 4), torch.nan) if fresh else normal(2, 5, 4).float()
-    unit = torch.tensor(0.25) if scaled else None
-    wanted = a.float() @ b.float() * (0.25 if scaled else 1) + (0 if fresh else total)
+    a, b, total, unit, wanted = drawn_on_a_gpu(dtype, fresh, scaled)
     monkeypatch.setattr(products, "_PART_ROWS", 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     if dtype == torch.bfloat16:
@@ -123,7 +128,7 @@ def test_a_gpu_without_wide_sums_widens_products_by_parts(
         products.add_product(total, a, b, total.new_empty(0), unit, fresh=fresh)
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
-    assert torch.equal(total, wanted.as_subclass(Tensor))
+    assert torch.equal(total, wanted)
 
 
 @pytest.mark.parametrize(("capability", "wide"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

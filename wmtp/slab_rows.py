@@ -34,14 +34,8 @@ from wmtp.slab_columns import (
     unfilled,
     unit_of,
 )
-from wmtp.slab_layout import (
-    most_rows,
-    row_slab,
-)
-from wmtp.slab_softmax import (
-    gradient_over_rows,
-    settled,
-)
+from wmtp.slab_layout import most_rows, row_slab
+from wmtp.slab_softmax import gradient_over_rows, settled
 from wmtp.target_rows import add_targets, scaled, write_hidden
 
 

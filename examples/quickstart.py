@@ -1,7 +1,7 @@
 """Weighted multi-token prediction in a plain PyTorch loop; runs in a few seconds on a laptop.
 
 A tiny model learns to spell one sentence. Some letters of every batch are noise. The weights tell
-the loss to look away from them; any other weights of one number per token go the same way.
+the loss to ignore them; any other weights with one number per token are used the same way.
 """
 
 import torch

@@ -4,7 +4,7 @@
     python examples/train.py --config examples/rho1.toml --set train.algo=shuffled-control
     python examples/train.py --config examples/rho1.toml --resume
 
-The configuration says everything: the method is `train.algo`, the arms beside it `compare.arms`.
+The configuration sets everything: the method in `train.algo`, the arms to compare in `compare.arms`.
 """
 
 import argparse

@@ -38,8 +38,8 @@ _HEADER = """\
 
 Bugs that users of other projects have met, each planted in our own code as a small mutant. The suite
 has to notice every one of them; `python -m tests.museum` plants them again and rewrites this table.
-The bugs themselves, old text and new, are in [`bugs.py`](bugs.py). "Caught by" is the first test that
-fails with the tests named for the bug run first; others would notice as well.
+The bugs themselves, with the text before and after, are in [`bugs.py`](bugs.py). The tests named for
+a bug run first, and "caught by" is the first test that fails; others would notice as well.
 
 | bug | what goes wrong | seen in | where | caught by |
 |---|---|---|---|---|

@@ -51,7 +51,8 @@ print(json.dumps({**found, "version": wmtp.__version__}))
 
 
 def child() -> dict:
-    environment = {**os.environ, "JAXTYPING_DISABLE": "0"}
+    # With cached bytecode, as installed packages have it.
+    environment = {**os.environ, "JAXTYPING_DISABLE": "0", "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(
         [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True
     )

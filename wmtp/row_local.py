@@ -37,7 +37,8 @@ class RowLocalWeights(NamedTuple):
     A constant to the gradient, and used as it is: with ``normalizer="tokens"`` the loss is the mean
     of ``w · ℓ``, as in these papers; with ``"weights"`` the weighted mean over all heads together.
     With ``mode="mean_one"``, ``weights=dft_weights`` and its like make the mean one within each head
-    instead, which takes a fourth matrix product. Where every weight underflows to 0, so does the loss.
+    instead, which takes a linear loss a fourth matrix product, unless it keeps the logits (on a GPU). Where
+    every weight underflows to 0, so does the loss.
 
     Attributes:
         kind: one of the four names.

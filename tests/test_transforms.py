@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -390,13 +390,15 @@ class Exportable(torch.nn.Module):
         return self.loss(hidden, self.unembedding, labels, signal)
 
 
-def exported(loss: Loss, dynamic: bool) -> Any:
+# Which sizes of hidden states, labels and signal an exported program leaves open.
+ANY_SEQ = ({1: torch.export.Dim("seq", min=3, max=64)},) * 3
+ANY_SIZE = tuple(dict.fromkeys(range(axes), torch.export.Dim.AUTO) for axes in (4, 2, 2))
+
+
+def exported(loss: Loss, dynamic: Any = None) -> Any:
     hidden, unembedding, labels, signal = tensors()
-    seq = {1: torch.export.Dim("seq", min=3, max=64)}
     program = torch.export.export(
-        Exportable(loss, unembedding),
-        (hidden, labels, signal),
-        dynamic_shapes=(seq, seq, seq) if dynamic else None,
+        Exportable(loss, unembedding), (hidden, labels, signal), dynamic_shapes=dynamic
     ).module()
     found = []
     for length in LENGTHS if dynamic else (SEQ,):
@@ -434,15 +436,23 @@ def autocast(column: Column) -> None:
 
 
 def fake(column: Column, backward: bool) -> None:
-    expected = column.dense(*tensors())
     with FakeTensorMode() as mode:
-        hidden, unembedding, labels, signal = (mode.from_tensor(x) for x in tensors())
-        inputs = [x.requires_grad_(backward) for x in (hidden, unembedding)]
-        out = column.loss(*inputs, labels, signal)
-        assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
-        if backward:
-            out.sum().backward()
-            assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)
+        without_values(column, [mode.from_tensor(x) for x in tensors()], backward)
+
+
+def on_meta(column: Column) -> None:
+    without_values(column, [x.to("meta") for x in tensors()], backward=True)
+
+
+def without_values(column: Column, inputs: Sequence[Tensor], backward: bool) -> None:
+    expected = column.dense(*tensors())
+    hidden, unembedding, labels, signal = inputs
+    leaves = [x.requires_grad_(backward) for x in (hidden, unembedding)]
+    out = column.loss(*leaves, labels, signal)
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    if backward:
+        out.sum().backward()
+        assert all(x.grad is not None and x.grad.shape == x.shape for x in leaves)
 
 
 def batched_upstream(loss: Loss) -> Any:
@@ -549,10 +559,11 @@ ROWS = [
         same(lambda loss: compiled(loss, plainly, 1, backend="eager", dynamic=True), values),
         note="works, one graph",
     ),
+    Row("`torch.export`", same(exported, lambda loss: [loss(*tensors())])),
+    Row("`torch.export`, dynamic length", same(lambda loss: exported(loss, ANY_SEQ), values)),
     Row(
-        "`torch.export`", same(lambda loss: exported(loss, False), lambda loss: [loss(*tensors())])
+        "`torch.export`, every size `Dim.AUTO`", same(lambda loss: exported(loss, ANY_SIZE), values)
     ),
-    Row("`torch.export`, dynamic length", same(lambda loss: exported(loss, True), values)),
     Row(
         "`torch.export`, then backward",
         same(exported_backward, lambda loss: eager(loss)[2]),
@@ -578,6 +589,7 @@ ROWS = [
     Row("autocast to bfloat16, CPU", autocast),
     Row("`FakeTensorMode`, forward", partial(fake, backward=False)),
     Row("`FakeTensorMode`, backward", partial(fake, backward=True)),
+    Row("`meta` device, backward", on_meta),
     Row("`use_deterministic_algorithms(True)`", same(deterministic, eager)),
     Row("one thread or two", same(threads, eager), note="works, same bits"),
     Row("`JAXTYPING_DISABLE=1`", without_type_checks),

@@ -254,7 +254,9 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read: no fake tensor, no transform."""
+    """Whether a tensor's values can be read: no fake or meta tensor, no transform."""
+    if tensor.is_meta:
+        return False
     # A subclass that leaves the dispatch alone holds its values itself.
     kind: Any = type(tensor)
     plain: Any = Tensor

@@ -10,7 +10,9 @@ environment turns the checks off.
 
 import functools
 import inspect
+import random
 import sys
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -78,16 +80,34 @@ def _checker_of(function: Callable[_P, _R]) -> Callable[_P, _R]:
     from beartype import BeartypeConf, beartype
     from jaxtyping import jaxtyped  # pyright: ignore[reportUnknownVariableType]
 
+    outside = threading.local()
+
+    @functools.wraps(function)
+    def undisturbed(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        random.setstate(outside.state)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            outside.state = random.getstate()
+
     # The numeric tower lets a caller write `gamma=1` where a float is annotated.
-    checker = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(function)
+    checker = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))(undisturbed)
     names = tuple(inspect.signature(function).parameters)
+
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # beartype draws from Python's generator, where a caller may draw the order of the data.
+        outside.state = random.getstate()
+        try:
+            return checker(*args, **kwargs)
+        finally:
+            random.setstate(outside.state)
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = dict(zip(names, args, strict=False)) | kwargs
         # Annotations say nothing of layouts, and a nested tensor has no shape to look at.
         _checks.ordinary(**{name: x for name, x in given.items() if isinstance(x, Tensor)})
         try:
-            return checker(*args, **kwargs)
+            return alone(*args, **kwargs)
         except TypeCheckError as error:
             # One member of a sequence is looked at, drawn at random, so that the blame can be
             # missed; the function's own checks look at all of them.

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Int64, Shaped
 from torch import Tensor
 
 from wmtp import _checks
+from wmtp._dtypes import autocasts
 from wmtp._typing import typed
 from wmtp.cross_entropy import (
     REDUCTIONS,
@@ -202,10 +203,9 @@ def linear_problem(
     targets, valid = resolve_targets(labels, offsets, batch, seq, heads, ignore_index)
     _checks.labels_in_range(targets, valid, vocab)
 
-    kind = hidden.device.type
     wide = torch.float64 in (hidden.dtype, unembedding.dtype)
-    if torch.is_autocast_enabled(kind) and not wide:
-        dtype = torch.get_autocast_dtype(kind)
+    if not wide and autocasts(hidden):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _checks.same_dtype(hidden=hidden, unembedding=unembedding, bias=bias)

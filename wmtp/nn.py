@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmtp import _checks
+from wmtp._dtypes import autocasts
 from wmtp._typing import typed
 from wmtp.cross_entropy import Objective
 from wmtp.denominators import HeadWeights, Normalizer
@@ -98,7 +99,7 @@ class MTPHeads(nn.Module):
         _checks.same_device(hidden=hidden, parameters=self.inner)
         kinds = {hidden.dtype, self.inner.dtype}
         # The products need one dtype; autocast casts to it, but no float64.
-        if len(kinds) > 1 and (torch.float64 in kinds or not _autocast(hidden)):
+        if len(kinds) > 1 and (torch.float64 in kinds or not autocasts(hidden)):
             _checks.same_dtype(hidden=hidden, parameters=self.inner)
         inside = einsum(self.norm(hidden), self.inner, "b t d, h w d -> b t h w")
         change = einsum(F.silu(inside), self.outer, "b t h w, h d w -> b t h d")
@@ -106,12 +107,6 @@ class MTPHeads(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, hidden_dim={self.hidden_dim}"
-
-
-def _autocast(like: Tensor) -> bool:
-    """Whether products on this device are cast; some devices do not know the question."""
-    kind = like.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class ValueHead(nn.Module):

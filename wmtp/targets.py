@@ -146,6 +146,8 @@ def resolve_offsets(offsets: Offsets) -> tuple[int, ...]:
     """Expand ``H`` to ``1, …, H`` and check a sequence."""
     if isinstance(offsets, bool):
         raise TypeError("offsets must be an int or a sequence of ints, got a bool")
+    if isinstance(offsets, torch.SymInt):  # a number of heads that an export would leave open
+        offsets = int(offsets)
     if isinstance(offsets, int):
         _checks.in_range("offsets given as a number of heads", offsets, 1, MOST_HEADS)
         return tuple(range(1, offsets + 1))

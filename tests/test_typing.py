@@ -12,6 +12,7 @@ from torch import Tensor
 
 import wmtp
 from tests.strategies import normal
+from wmtp.loss import Weights
 
 
 # A kind of call is checked once in a process: sizes that no other test has, an own one for each test.
@@ -34,7 +35,7 @@ def refused() -> None:
             wmtp.linear_weighted_mtp_loss(hidden, unembedding, labels, head_weights=wrong)  # type: ignore
 
 
-def losses(seq: int, weights: wmtp.Weights = None) -> None:
+def losses(seq: int, weights: Weights = None) -> None:
     hidden, unembedding, labels = inputs(seq)
     wmtp.mtp_targets(labels, list(range(HEADS)))
     wmtp.weighted_mtp_loss(hidden @ unembedding.T, labels, weights)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.strategies import normal
 from wmtp import slab_softmax
 from wmtp.problem import Rows
-from wmtp.slab_softmax import left_over_columns, settled
+from wmtp.slab_softmax import applied_if_large, row_scale_over_columns
 
 
 ROWS = 4
@@ -37,18 +37,18 @@ def test_what_is_left_waits_unless_something_could_overflow(
     x[1, 1] = 3 * sign
     factors = [of(0.0), of(0.0)]
     factors[which][2] = count * MOST / 4 / 2
-    found = settled(left, slab, x, *factors)
+    found = applied_if_large(left, slab, x, *factors)
     assert (found is left) == fits
     assert bool((slab == (1 if fits else 2)).all())
 
 
 def test_where_nothing_is_left_nothing_waits() -> None:
     slab = torch.ones(ROWS, 5)
-    assert settled(None, slab, torch.ones(ROWS, 2), of(math.inf)) is None
+    assert applied_if_large(None, slab, torch.ones(ROWS, 2), of(math.inf)) is None
     assert bool((slab == 1).all())
     # No hidden states are none that could overflow.
     left = of(1.0)
-    assert settled(left, slab, torch.ones(0, 2), of(1.0)) is left
+    assert applied_if_large(left, slab, torch.ones(0, 2), of(1.0)) is left
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,18 +57,18 @@ def test_over_columns_the_factor_waits_where_it_can(
 ) -> None:
     monkeypatch.setattr(slab_softmax, "_rounds_once", lambda _: True)
     x, base, log_sum = normal(0, ROWS, 2).to(dtype), of(1.0), of(2.0)
-    found = left_over_columns(x, base, log_sum, of(0.5), 0.0, 0.0)
+    found = row_scale_over_columns(x, base, log_sum, of(0.5), 0.0, 0.0)
     assert found is not None
     torch.testing.assert_close(found, of(0.5), rtol=1e-5, atol=0.0)
-    grown = left_over_columns(x, base, log_sum, of(0.5), 0.0, 0.1)
+    grown = row_scale_over_columns(x, base, log_sum, of(0.5), 0.0, 0.1)
     assert grown is not None
     torch.testing.assert_close(grown, of(0.5 * (1 + 2 * 0.1 * 3)), rtol=1e-5, atol=0.0)
     # Rows that are added to, products that would overflow, exponentials that are not scaled.
-    assert left_over_columns(x, base, log_sum, of(0.5), 0.1, 0.0) is None
-    assert left_over_columns(x, base, log_sum, of(MOST), 0.0, 0.0) is None
-    assert left_over_columns(x, of(5000.0), log_sum, of(0.5), 0.0, 0.0) is None
-    assert left_over_columns(x.half(), base, log_sum, of(0.5), 0.0, 0.0) is None
-    assert left_over_columns(x.double(), base.double(), log_sum, of(0.5), 0.0, 0.0) is None
+    assert row_scale_over_columns(x, base, log_sum, of(0.5), 0.1, 0.0) is None
+    assert row_scale_over_columns(x, base, log_sum, of(MOST), 0.0, 0.0) is None
+    assert row_scale_over_columns(x, of(5000.0), log_sum, of(0.5), 0.0, 0.0) is None
+    assert row_scale_over_columns(x.half(), base, log_sum, of(0.5), 0.0, 0.0) is None
+    assert row_scale_over_columns(x.double(), base.double(), log_sum, of(0.5), 0.0, 0.0) is None
 
 
 @pytest.mark.parametrize("once", [True, False])

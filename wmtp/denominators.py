@@ -1,10 +1,11 @@
-"""What a prediction counts in the loss: head weights, token weights and the denominator as one factor.
+"""The coefficient of each prediction in the loss: head weight, token weight and denominator in one.
 
-N_h  = Σ_{b,t} w[b,t,h] · ℓ[b,t,h]              loss = Σ_h λ_h · N_h / Z
-Z    = (1/H) Σ w        normalizer="weights"     a weighted mean
-= (1/H) Σ valid    normalizer="tokens"
-= the number       normalizer=<number>      one count for a whole accumulation window
-λ_h  = 1/H, or head_weights as given
+In ``loss = Σ_h λ_h Σ_{b,t} w[b,t,h] · ℓ[b,t,h] / Z`` that is ``λ_h · w / Z``, where ``λ_h`` is ``1/H``, or
+``head_weights`` as given, and the normalizer says what ``Z`` is:
+
+    "weights"    (1/H) Σ w        a weighted mean
+    "tokens"     (1/H) Σ valid    the number of valid predictions per head
+    <number>     the number       one count for a whole accumulation window
 """
 
 from collections.abc import Sequence

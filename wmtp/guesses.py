@@ -39,11 +39,14 @@ def asks_ranks(weights: object) -> bool:
 def early_rho1(
     weights: object, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor] | None:
-    """Of a ``partial`` of ``rho1_weights`` what can be asked early, and what an entry weighs if kept.
+    """What a guess needs of a ``partial`` of ``rho1_weights``: its selection, and what a kept entry weighs.
 
-    The first is the same selection without other ranks, which may be asked at another time than this
-    one. ``None`` for all else: for functions that may not be called before the cross entropy of all is
-    known, for softmaxes, whose weights cannot be told before, and for arguments that will be refused.
+    The selection is the ``partial`` itself without ``group``: ranks guess at different times, so a guess
+    must not wait for a collective. Joins one collective here, if there is a group.
+
+    ``None`` where nothing can be guessed: for any other function, which may be called only once, with the
+    complete cross entropy; for ``mode="softmax"``, whose weights depend on all scores; and for arguments
+    that the call itself will refuse.
     """
     if not isinstance(weights, partial) or weights.func is not rho1_weights or weights.args:
         return None

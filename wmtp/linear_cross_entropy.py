@@ -225,10 +225,10 @@ def linear_predict(
 ) -> Predictions:
     """Everything the losses need of the predictions, as ``predict`` gives it for logits.
 
-    ``guess`` makes of the cross entropy ``[batch seq heads]`` and of which predictions have been seen
-    yet what each is expected to count, but for a common factor, or 0: gradients are made for these in
-    the same pass. What was guessed wrong is corrected in the backward pass, for a price. ``all_count``:
-    see ``row_losses``.
+    ``guess(token_ce, seen)`` predicts the upstream gradient of every prediction, up to a common factor,
+    from the cross entropy of those seen so far; both arguments and the result are ``[batch seq heads]``.
+    Gradients for the non-zero ones are made in the same pass, and wrong guesses are corrected in the
+    backward pass, at three products per wrong row. ``all_count``: see ``row_losses``.
     """
     if guess is None:
         rows = row_losses(problem, with_correct, all_count)

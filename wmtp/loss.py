@@ -364,13 +364,11 @@ def _weigh_linear(
     products in all; so do weights that can be guessed while the cross entropy of some rows is awaited.
     Others that wait for it need a fourth, to recompute the logits of what they leave.
     """
-    late = losses_first(problem) and not needs_whole_rows(weights)
-    early = None
-    # An operator cannot call back into what a compiler traces, and where losses come first nothing is
-    # guessed; but each rank chooses that by its own sizes, and all must ask one another equally often.
-    if not torch.compiler.is_compiling() and (asks_ranks(weights) or not late):
-        early = early_rho1(weights, valid, problem.wide)
-    if late:
+    if losses_first(problem) and not needs_whole_rows(weights):
+        if asks_ranks(weights):
+            # Nothing is guessed here, but on another rank, whose sizes differ, there may be a guess. It
+            # adds counts up over the ranks, and every rank must join every collective.
+            early_rho1(weights, valid, problem.wide)
         return _weigh_late(
             problem, valid, weights, offsets, head_weights, normalizer, with_stats=with_stats
         )
@@ -390,7 +388,11 @@ def _weigh_linear(
             loss = loss * reciprocal(torch.where(whole < least, 0, whole))
         return loss, used, found
     if callable(weights):
-        guess = None if early is None else _guess(*early, valid, head_weights, normalizer)
+        guess = None
+        # An operator cannot call back into what a compiler traces.
+        if not torch.compiler.is_compiling():
+            early = early_rho1(weights, valid, problem.wide)
+            guess = None if early is None else _guess(*early, valid, head_weights, normalizer)
         found = linear_predict(problem, valid, with_correct=with_stats, guess=guess)
         return *_weigh(found, weights, offsets, head_weights, normalizer), found
     used = _align_weights(weights, valid, offsets)
@@ -450,11 +452,12 @@ def _guess(
     head_weights: HeadWeights,
     normalizer: Normalizer,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What tells from the cross entropy of some predictions what each will count.
+    """A function that predicts each prediction's factor in the loss from the cross entropy so far.
 
-    A selection of some is a fair guess of a selection of all; what a kept one counts is known.
+    The selection among the predictions seen stands for the selection among all. Only which ones are kept
+    is guessed: the factor of a kept one is known beforehand.
     """
-    # Their mean is one, so that their sum is the count.
+    # The weights have mean one, so their sum is the number of predictions.
     count = "tokens" if normalizer == "weights" else normalizer
     factors = factors_of(kept, valid, head_weights, count, kept.dtype).detach()
 

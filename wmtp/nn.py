@@ -165,16 +165,13 @@ class ValueHead(nn.Module):
 class _StoredOptions(nn.Module):
     """The options of a loss; tensors among them move with the module, and keep their dtype."""
 
-    def __init__(
-        self, *, head_weights: HeadWeights, normalizer: Normalizer, **options: Any
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         objective = (options[name] for name in ("label_smoothing", "z_loss", "softcap"))
         Objective(*objective).checked()
         if options["offsets"] is not None:
             resolve_offsets(options["offsets"])
         _checks.whole("ignore_index", options["ignore_index"])
-        options |= {"head_weights": head_weights, "normalizer": normalizer}
         self.options = options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -161,7 +161,7 @@ def _project(
 def _clipped_totals(
     raw: Tensor, inside: Tensor, log_scales: Tensor, clip: tuple[float, float], scoped: Scoped
 ) -> Tensor:
-    """Of some scales for each group, ``[groups scales]``."""
+    """``Σ clip(2^s · raw, lo, hi)`` over each group, for several ``s`` at once: ``[groups scales]``."""
     clipped = _scaled(raw.unsqueeze(1), log_scales.unsqueeze(2)).clamp(*clip)
     return scoped.over_ranks(clipped.mul_(inside.unsqueeze(1)).sum(2))
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from wmtp import _checks
-from wmtp._dtypes import wide_dtype
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
 from wmtp.schedule import can_guess, gradient_dtype, is_eager, keeps_logits, needs_of
 from wmtp.slab_columns import backward_columns, backward_held, forward_columns, forward_held
@@ -97,9 +96,11 @@ def weighted_row_sum(
 
 
 def _ties(problem: Problem) -> list[Tensor | None]:
-    """Nothing of each operand, but a part of its graph: for a backward pass that does not need the rest.
+    """An empty slice of each operand, which still belongs to the operand's graph.
 
-    What is saved for it is not freed until then, and may not change.
+    The backward pass scales gradients that exist already and does not need the operands. Saving these
+    instead keeps a second backward refusable, without holding the operands in memory or forbidding
+    changes to them in place.
     """
     if torch.compiler.is_compiling():  # where a second backward pass is refused by Dynamo
         return [None] * 3
@@ -229,8 +230,8 @@ def _weighted_row_sum(
 
 
 @_row_losses.register_fake  # pyright: ignore[reportUnknownMemberType]
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_rows(hidden)
+def _(*inputs: Any) -> Rows:
+    return Problem(*inputs[:8]).empty_rows()
 
 
 @_row_losses_backward.register_fake  # pyright: ignore[reportUnknownMemberType]
@@ -247,13 +248,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     total = problem.hidden.new_empty((), dtype=problem.wide)
     dtype = gradient_dtype(problem, needs, weighting)
     gradients = _fake_gradients(problem.hidden, problem.unembedding, needs, dtype)
-    return total, *_fake_rows(problem.hidden), *gradients, torch.empty_like(total)
-
-
-def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
-    rows = hidden.shape[0]
-    *four, weight = (hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype)) for _ in range(5))
-    return *four, hidden.new_empty(rows, dtype=torch.bool), weight
+    return total, *problem.empty_rows(), *gradients, torch.empty_like(total)
 
 
 def _fake_gradients(
@@ -265,7 +260,7 @@ def _fake_gradients(
 
 
 def _in_units(gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients as they are, in the dtype of the inputs."""
+    """Gradients multiplied by their unit, in the dtype of the inputs."""
     *made, unit = gradients
     if made[0].dtype == torch.float16:
         made = _scale_(unit, torch.float16, made)

@@ -134,7 +134,7 @@ class Problem(NamedTuple):
 
     def empty_rows(self) -> Rows:
         """Zeros to be filled in."""
-        size = len(self.target)
+        size = self.target.shape[0]  # `len` would fix a size that a compiler has left open
         # One tensor each: what an operator gives back may not share memory.
         loss, ce, base, log_sum, weight = (
             self.hidden.new_zeros(size, dtype=self.wide) for _ in range(5)

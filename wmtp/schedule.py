@@ -1,19 +1,23 @@
-"""Which walk a call takes: everything that sizes, device and who is asking decide, in one place.
+"""Which walk a call takes. Every choice made from sizes, the device or the kind of call is made here.
 
-    products     walk                                         taken
-    1            forward_columns                              if no gradient is asked for
-    3ρ           forward_backward_rows                        if what a row counts is known, or its own
-                                                              logits tell, but not if ``losses_first``
-    1 + 2ρ       forward_held, backward_held                  by everything else where ``keeps_logits``
-    1 + 2ρ + 3ε  forward_guessing_rows, corrected_rows        by a selection that ``can_guess``, elsewhere
-    1 + 3ρ       forward_columns, backward_columns            by whatever is left
+The cost of a walk is counted in matrix products over all rows. ρ is the share of rows whose loss has a
+non-zero upstream gradient, ε the share of rows whose guess was wrong.
 
-A product is one over all rows, ρ the share of rows that count, ε that of wrong guesses; 1 is ρ where it is
-known beforehand what counts. Weights that a row gives itself take ``forward_backward_rows`` in evaluation
-too, for one product, but not on a GPU if their cross entropy tells them.
+    cost         walk                                     taken when
+    1            forward_columns                          no gradient is wanted
+    3ρ           forward_backward_rows                    each row's factor is known beforehand, or follows
+                                                          from its own logits; but not ``losses_first``
+    1 + 2ρ       forward_held, then backward_held         ``keeps_logits``: a GPU with room for the logits
+    1 + 2ρ + 3ε  forward_guessing_rows, corrected_rows    a selection that ``can_guess``, logits not kept
+    1 + 3ρ       forward_columns, then backward_columns   none of the above
 
-Nothing here reads a number in a tensor. The walks are in ``slab_columns.py`` and ``slab_rows.py``; one that
-has waited for the number of rows to do asks ``sums_by_rows``.
+Where the rows that matter are known before the first product, its 1 becomes ρ too. Row-local weights take
+``forward_backward_rows`` even when no gradient is wanted (one product), except on a GPU when the cross
+entropy alone determines them.
+
+Nothing here reads the values of a tensor. The walks themselves are in ``slab_columns.py`` and
+``slab_rows.py``. ``forward_backward_rows`` asks once more, in ``sums_by_rows``, when it knows how many rows
+there are.
 """
 
 from collections.abc import Sequence
@@ -44,17 +48,17 @@ def is_eager(problem: Problem) -> bool:
 
 
 def losses_first(problem: Problem) -> bool:
-    """Whether to ask for losses before what they count, even where that is known.
+    """Whether to compute the losses before their factors, even if the factors are already known.
 
-    Where enough logits are kept; and on a GPU where no gradient is wanted, so that the one product that
-    there is begins sooner.
+    That is so where enough logits are kept for the backward pass; and on a GPU where no gradient is
+    wanted, because the only product can then start before the factors are computed.
     """
-    needs = needs_of(problem)
     if not is_eager(problem):
         return False
-    if can_hold(problem, needs):
-        return holds_better(problem, needs)
-    return problem.hidden.is_cuda and not any(needs)
+    needs = needs_of(problem)
+    if any(needs):
+        return can_hold(problem, needs) and holds_better(problem, needs)
+    return problem.hidden.is_cuda
 
 
 def keeps_logits(problem: Problem) -> bool:
@@ -73,11 +77,11 @@ def can_hold(problem: Problem, needs: Sequence[bool]) -> bool:
 
 
 def holds_better(problem: Problem, needs: Sequence[bool]) -> bool:
-    """Whether that is faster than gradients made in the forward pass, where one could do either.
+    """Whether kept logits are faster than gradients made in the forward pass, where both are possible.
 
-    These take three products, where the budget has room for wide sums or the unembedding's is not wanted,
-    and a GPU adds up wide sums in a part of the time of one. Else they take four, of which every kept slab
-    saves a part.
+    Gradients in the forward pass take three products if the budget holds their wide sums (or the
+    unembedding's is not wanted), and then win unless most logits are kept. Otherwise they take four, and
+    every slab that is kept saves part of the fourth.
     """
     if needs[1] and not problem.holds_wide(needs):
         return True

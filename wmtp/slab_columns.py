@@ -39,8 +39,8 @@ from wmtp.slab_softmax import (
     ColumnSums,
     gradient_over_columns,
     growth,
-    left_over_columns,
     reduce_columns,
+    row_scale_over_columns,
     scratch_for,
 )
 from wmtp.target_rows import add_targets, scaled, write_hidden
@@ -114,8 +114,8 @@ def backward_held(
         known = _known_of(problem, upstream, base, log_sum, rows[source])
         x = problem.hidden[known.rows]
         # Waited for when everything else is on its way: a GPU has nothing to do until then.
-        left = int(size)
-        known, x, source = _Known(*(column[:left] for column in known)), x[:left], source[:left]
+        kept = int(size)
+        known, x, source = _Known(*(column[:kept] for column in known)), x[:kept], source[:kept]
     size = len(known.rows), held.layout.columns
     return _summed_over_columns(problem, needs, known, x, *size, held, source)
 
@@ -270,7 +270,9 @@ def _summed_over_columns(
     grown = factor * growth(problem.z_loss, base + log_sum) if problem.z_loss else factor
     unit = unit_of(grown, x, weight)
     factor = factor / unit
-    left = left_over_columns(x, base, log_sum, factor, problem.label_smoothing, problem.z_loss)
+    row_scale = row_scale_over_columns(
+        x, base, log_sum, factor, problem.label_smoothing, problem.z_loss
+    )
     of_x = unfilled(x, filled.shape if needs[0] else (0,), problem.wide, active)
     if needs[1] and held is not None and len(held.lent):
         # Slice by slice, when the logits that lie there have been used up. A view that was made without
@@ -284,11 +286,11 @@ def _summed_over_columns(
     sums = Gradients(of_x, of_weight, of_bias, unit)
     known = known._replace(factor=factor)
     at_target = _sum_slabs(
-        problem, needs, known, filled, left, sums, rows, columns, held, source
+        problem, needs, known, filled, row_scale, sums, rows, columns, held, source
     )  # fmt: skip
     of_hidden = x.new_zeros(problem.hidden.shape if needs[0] else 0)
     if needs[0]:
-        scale = torch.ones_like(factor) if left is None else left
+        scale = torch.ones_like(factor) if row_scale is None else row_scale
         write_hidden(of_hidden, active, of_x, scale, weight, wanted, at_target)
     del sums, of_x
     if needs[1]:
@@ -303,7 +305,7 @@ def _sum_slabs(
     needs: list[bool],
     known: _Known,
     filled: Tensor,
-    left: Tensor | None,
+    row_scale: Tensor | None,
     sums: Gradients,
     rows: int,
     columns: int,
@@ -316,7 +318,7 @@ def _sum_slabs(
     """
     active, factor, wanted, base, log_sum = known
     x, weight = filled[: len(active)], problem.unembedding
-    rescaled = x if left is None or not needs[1] else scaled(x, left).to(x.dtype)
+    rescaled = x if row_scale is None or not needs[1] else scaled(x, row_scale).to(x.dtype)
     at_target = torch.zeros_like(factor)
     # A slice that one product writes needs no wider sum.
     sum_dtype = weight.dtype if rows >= len(active) else problem.wide
@@ -341,7 +343,7 @@ def _sum_slabs(
             at_target[block] += gradient_over_columns(
                 logits if kept is None else kept, wanted[block] - part.start, base[block],
                 log_sum[block], factor[block], problem.label_smoothing, problem.z_loss,
-                problem.softcap, problem.vocab, scratch, left is not None,
+                problem.softcap, problem.vocab, scratch, row_scale is not None,
                 None if kept is None else source,
             )  # fmt: skip
             if needs[0]:
@@ -350,7 +352,7 @@ def _sum_slabs(
             if needs[1]:
                 add_product(total, logits.T, rescaled[block], scratch, fresh=block.start == 0)
             if needs[2]:
-                scale = None if left is None else left[block]
+                scale = None if row_scale is None else row_scale[block]
                 add_to_bias(problem, sums.bias[part], logits, scale)
         if needs[1] and sum_dtype != weight.dtype:
             sums.unembedding[part] = total

@@ -1,15 +1,29 @@
-"""Where slabs of logits lie: how large they are within a budget, how far apart their rows, what is kept.
+"""Where slabs of logits lie in memory: how large they are within the budget, and which of them are kept.
 
-A budget holds a slab and what is beside it: scratch, wide sums, and on a GPU a copy of the hidden states
-and a wide sum of them. Where logits are made anew in the backward pass, copies of the hidden states that
-count come on top: as they are and, on a CPU, scaled, and their gradient in the wide dtype; on a GPU what
-these take beyond three quarters of the budget.
+The budget (``slab_bytes``) covers one slab, its scratch, wide sums of gradients, and on a GPU a copy of the
+hidden states and a wide sum of their gradient. Where the logits are recomputed in the backward pass, copies
+of the hidden states that count (on a CPU a scaled one too) and their wide gradient come on top of it; on a
+GPU only what these take beyond three quarters of the budget.
 
-On a GPU, in eager mode, logits are kept until the backward pass: all, if the budget holds them, or else,
-unless gradients can be made in the forward pass in less time, what fits in the budget and in the memory of
-the unembedding's gradient. That is as large as the logits of ``dim`` rows and has nothing to hold before
-the backward pass hands it out; every call then takes it at once. If the graph is kept for another backward
-pass they are made anew, in memory of their own.
+On a GPU, in eager mode, logits are kept from the forward pass to the backward pass. If the budget holds
+all of them, they are one slab. Otherwise, where keeping a part is faster than making gradients in the
+forward pass, they are slabs of columns in two kinds of memory:
+
+* ``own``: what the budget has room for.
+* ``lent``: the memory of the unembedding's gradient. It must be allocated anyway, and is empty until the
+  backward pass writes the gradient into it, so it stores logits until then. It holds those of ``dim``
+  rows.
+
+        slab          0    1    2    3    4    5    6
+        memory        own  own  lent lent lent none none
+
+        gradient      [ slice 0 | slice 1 | …  →            ]    written from the start
+        lent slabs    [               | slab 2 | slab 3 | 4 ]    stored at the end
+
+The backward pass goes from slab 0 on and writes one slice of the gradient per slab; ``most_lent`` is how
+many slabs fit at the end without being overwritten before they are used. Slabs with no memory are
+recomputed. If the graph is kept for another backward pass, all logits are recomputed, into memory of their
+own.
 """
 
 import math
@@ -66,8 +80,11 @@ def most_rows(problem: Problem, needs: Sequence[bool], dtype: torch.dtype) -> in
     return (problem.slab_bytes - excess) * 15 // 16 // row
 
 
-def row_slab(problem: Problem, rows: int, most: int) -> tuple[Tensor, Tensor]:
-    """A slab for as many rows at a time as there are or as there is room for, and its scratch."""
+def row_slab(
+    problem: Problem, rows: int, needs: Sequence[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A slab for as many rows as fit in the budget beside gradients of a dtype, and its scratch."""
+    most = most_rows(problem, needs, dtype)
     size = filled_up(evenly(rows, most), most)
     flat = problem.hidden.new_empty(size * row_stride(problem, problem.vocab))
     slab = laid_out(problem, flat, size, problem.vocab)
@@ -117,10 +134,9 @@ class HeldLayout(NamedTuple):
 
     Attributes:
         columns: of each slab, but the last of the vocabulary may have fewer.
-        own: how many of them, from the first, have memory of their own. Where not even one fits there is
-            nothing.
-        lent: how many of the next have memory of the unembedding's gradient.
-        slabs: how many there are. Those that are left are made anew.
+        own: how many of them, from the first, have memory of their own; 0 if nothing is kept.
+        lent: how many after those lie in the memory of the unembedding's gradient.
+        slabs: how many there are in all; the rest are recomputed.
     """
 
     columns: int
@@ -167,14 +183,16 @@ def held_layout(
 
 
 def most_lent(problem: Problem, rows: int, columns: int, own: int) -> int:
-    """How many slabs, behind those of their own memory, the unembedding's gradient has room for.
+    """How many slabs, after the first ``own``, can lie at the end of the unembedding's gradient.
 
-    They lie at its end, and it is written from its start, a slice for each slab when that is used up. No
-    slice may reach a slab that is still to come.
+    Slice ``i`` of the gradient is written after slab ``i`` has been read, so slices ``0 … i − 1`` must end
+    before slab ``i`` begins. Of ``n`` lent slabs the one numbered ``own + j`` begins at
+    ``vocab · dim − (n − j) · slab``.
+    Both sides are linear in ``j``, so it is enough that it holds at both ends: ``j = 0`` bounds ``n`` by
+    ``first``, ``j = n − 1`` by ``last``.
     """
     vocab, dim = problem.unembedding.shape
     slab, slice_ = rows * row_stride(problem, columns), columns * dim
-    # All slices before the first of the lent, and all before the last; then it holds for those between.
     first = (vocab * dim - own * slice_) // slab
     last = (vocab * dim - slab) // slice_ + 1 - own
     return max(0, min(first, last))
@@ -217,7 +235,11 @@ def held_slab(problem: Problem, held: Held, number: int, columns: int) -> Tensor
 
 
 def used_slab(problem: Problem, held: Held, number: int, part: slice) -> Tensor | None:
-    """The same in the backward pass, moved away if the slice of the gradient would be written over it."""
+    """``held_slab`` in the backward pass, before slice ``part`` of the gradient is written.
+
+    If that slice would overwrite the slab itself, the slab is first copied to the start of ``own``, whose
+    logits have all been used by then.
+    """
     slab = held_slab(problem, held, number, part.stop - part.start)
     if slab is None or number < held.layout.own:
         return slab

@@ -34,8 +34,8 @@ from wmtp.slab_columns import (
     unfilled,
     unit_of,
 )
-from wmtp.slab_layout import most_rows, row_slab
-from wmtp.slab_softmax import gradient_over_rows, settled
+from wmtp.slab_layout import row_slab
+from wmtp.slab_softmax import applied_if_large, gradient_over_rows
 from wmtp.target_rows import add_targets, scaled, write_hidden
 
 
@@ -80,14 +80,12 @@ def forward_backward_rows(
     of_weight = unfilled(weight, weight.shape if needs[1] else (0,), dtype, active)
     of_bias = weight.new_zeros(problem.vocab if needs[2] else 0, dtype=problem.wide)
     into = Gradients(of_hidden, of_weight, of_bias, unit)
-    most = most_rows(problem, needs, dtype)
-    _sum_blocks(problem, active, most, factor, weighting, with_correct, found, into)
+    _sum_blocks(problem, active, needs, factor, weighting, with_correct, found, into)
     if every_row:
         # In what the sums leave of the budget.
         excess = problem.wide_excess(needs) if dtype == problem.wide else 0
         budget = max(problem.slab_bytes - excess, problem.row_bytes)
-        left = torch.where(weighted, -1, problem.target)
-        others = problem._replace(target=left, slab_bytes=budget)
+        others = problem.only(~weighted)._replace(slab_bytes=budget)
         _fill_in(found, forward_columns(others, with_correct), ~weighted)
     return found, Gradients(of_hidden, of_weight, of_bias.to(dtype), unit)
 
@@ -95,11 +93,15 @@ def forward_backward_rows(
 def forward_guessing_rows(
     problem: Problem, guess: Guess, with_correct: bool, needs: list[bool]
 ) -> tuple[Rows, Gradients, Tensor]:
-    """Rows, and the gradients of ``Σ guessed · loss`` for what was guessed of each row, given last.
+    """Rows, the gradients of ``Σ guessed · loss``, and ``guessed``, the factor guessed for each row.
 
-    A slab's rows are taken from all over the batch, so that what is known when they are guessed is a
-    fair sample of it. Rows whose loss is not finite, or whose hidden state is far larger than others,
-    are guessed to count nothing.
+    For a selection such as "the 60 % with the highest excess loss", which is known only when all losses
+    are. Slab by slab, the losses so far stand for the whole batch: the selection is applied to them, and
+    the slab's rows that it keeps get their gradient at once. Each slab takes every n-th row, so that its
+    rows are a fair sample. ``corrected_rows`` repairs wrong guesses in the backward pass.
+
+    The factor is guessed 0, which never has to be taken back, for rows whose loss is not finite or whose
+    hidden state is far larger than the others'.
     """
     found = problem.empty_rows()
     active = rows_of(problem, problem.target >= 0)
@@ -114,8 +116,7 @@ def forward_guessing_rows(
     size = hidden.abs().amax(1)
     # What a row of these adds could not be taken back without rounding what others have added.
     sure = size <= _MOST_SIZE * size[active].nanmedian() if len(active) else seen
-    most = most_rows(problem, needs, problem.wide)
-    slab, scratch = row_slab(problem, len(active), most)
+    slab, scratch = row_slab(problem, len(active), needs, dtype)
     slabs = -(-len(active) // max(1, len(slab)))
     for first in range(slabs):
         block, done = _block(problem, active[first::slabs], slab, NOT_LOCAL, with_correct, scratch)
@@ -132,10 +133,10 @@ def forward_guessing_rows(
 def corrected_rows(
     problem: Problem, guessed: Tensor, factor: Tensor, made: Gradients, needs: list[bool]
 ) -> Gradients:
-    """From the gradients of ``Σ guessed · loss``, changed in place, those of ``Σ factor · loss``.
+    """Turn the gradients of ``Σ guessed · loss``, in place, into those of ``Σ factor · loss``.
 
-    Rows whose guess was right, but for the rounding of factors, are left as they are. Where more were
-    wrong than count, or something overflowed on the way, they are all made anew.
+    Adds ``(factor − guessed) · ∂loss`` for the rows where the two differ by more than rounding. If there
+    are more of these than rows with a non-zero factor, or a sum is not finite, all gradients are made anew.
     """
     near = (factor - guessed).abs() <= _NEAR * torch.finfo(factor.dtype).eps * factor.abs()
     near &= factor.isfinite()
@@ -146,8 +147,7 @@ def corrected_rows(
         active, guessed = count, torch.zeros_like(guessed)
         for gradient in made[:3]:
             gradient.zero_()
-    most = most_rows(problem, needs, problem.wide)
-    slab, scratch = row_slab(problem, len(active), most)
+    slab, scratch = row_slab(problem, len(active), needs, problem.wide)
     for some in parts(len(active), len(slab)):
         block, _ = _block(problem, active[some], slab, NOT_LOCAL, False, scratch)
         of_hidden, of_others = factor[block.rows], (factor - guessed)[block.rows]
@@ -159,18 +159,18 @@ def corrected_rows(
 def _sum_blocks(
     problem: Problem,
     active: Tensor,
-    most: int,
+    needs: list[bool],
     factor: Tensor,
     weighting: RowLocal,
     with_correct: bool,
     found: Rows,
     into: Gradients,
 ) -> None:
-    """Fill in what is found of the active rows, at most so many at a time, and add up their gradients.
+    """Fill in what is found of the active rows, slab by slab, and add up their gradients.
 
     A function of its own, so that slab and scratch are gone before anything else is asked for.
     """
-    slab, scratch = row_slab(problem, len(active), most)
+    slab, scratch = row_slab(problem, len(active), needs, into.hidden.dtype)
     for some in parts(len(active), len(slab)):
         block, done = _block(problem, active[some], slab, weighting, with_correct, scratch)
         put(found, block.rows, done)
@@ -184,16 +184,16 @@ class _Block(NamedTuple):
     Attributes:
         rows: ``[block]``, where they are in the problem.
         x: their hidden states, and rows of zeros to fill a product up.
-        slab: the gradient for their logits first, whatever is left of others behind.
-        at_target: ``[block]``.
-        left: ``[block]`` or ``None``.
+        slab: the gradient for their logits first; the rows behind are of earlier blocks.
+        at_target: ``[block]``, the gradient at the target, which is 0 in the slab.
+        row_scale: ``[block]``, what the slab's rows are still to be multiplied by; ``None`` means 1.
     """
 
     rows: Tensor
     x: Tensor
     slab: Tensor
     at_target: Tensor
-    left: Tensor | None
+    row_scale: Tensor | None
 
 
 def _block(
@@ -207,21 +207,23 @@ def _block(
     """The first product over some rows, in the slab, and everything about them."""
     x = gathered(problem.hidden, rows, filled_up(len(rows), len(slab)))
     product_of(problem, x, slice(0, problem.vocab), slab[: len(x)])
-    done, at_target, left = gradient_over_rows(
+    done, at_target, row_scale = gradient_over_rows(
         slab[: len(rows)], problem.target[rows], problem.label_smoothing, problem.z_loss,
         problem.softcap, weighting, with_correct, scratch,
     )  # fmt: skip
-    return _Block(rows, x, slab, at_target, left), done
+    return _Block(rows, x, slab, at_target, row_scale), done
 
 
 def _some_of(problem: Problem, block: _Block, kept: Tensor, scratch: Tensor) -> _Block:
     """Only those rows of a block that are kept, in its slab, whose others are gone."""
-    rows, x, slab, at_target, left = block
+    rows, x, slab, at_target, row_scale = block
     if len(kept) == len(rows):
         return block
     move_up(slab, kept, problem.scratch_bytes, scratch)
     x = gathered(x, kept, filled_up(len(kept), len(slab)))
-    return _Block(rows[kept], x, slab, at_target[kept], None if left is None else left[kept])
+    return _Block(
+        rows[kept], x, slab, at_target[kept], None if row_scale is None else row_scale[kept]
+    )
 
 
 def _add_gradients(
@@ -238,16 +240,19 @@ def _add_gradients(
 
     Its rows count ``of_hidden`` in the one and ``of_others`` in the other gradients.
     """
-    rows, filled, slab, at_target, left = block
+    rows, filled, slab, at_target, row_scale = block
     weight, wanted = problem.unembedding, problem.target[rows]
     x, logits = filled[: len(rows)], slab[: len(rows)]
-    left = settled(left, logits, x, of_hidden, of_others)
+    row_scale = applied_if_large(row_scale, logits, x, of_hidden, of_others)
     if into.hidden.numel():
         of_x = weight.new_empty(len(filled), weight.shape[1])
         torch.mm(slab[: len(filled)], weight, out=of_x)  # `@` would follow autocast
-        scale = of_hidden if left is None else of_hidden * left
+        scale = of_hidden if row_scale is None else of_hidden * row_scale
         write_hidden(into.hidden, rows, of_x, scale, weight, wanted, of_hidden * at_target)
-    scale, at_target = of_others if left is None else of_others * left, of_others * at_target
+    scale, at_target = (
+        of_others if row_scale is None else of_others * row_scale,
+        of_others * at_target,
+    )
     if into.unembedding.numel():
         one = torch.ones_like(into.unit)
         own = unit_of(scale, x) if into.unembedding.dtype == problem.wide else one

@@ -4,13 +4,18 @@ Three functions over a slab ``[rows columns]``, in torch operations. They walk o
 stay in the cache, in a scratch of the wide dtype that the caller holds, and leave the slab as it is
 until the gradient is written over it. ``triton_softmax.py`` has the same three as GPU kernels.
 
-The gradient's entry at the target is written as 0 and given back by itself, ``at_target``. It is a
-row's largest entry and the only one that a rank-one update, rows × dim, can add to both products in
-the wide dtype: so the target's part of a gradient is rounded once, at the end.
+Three things differ from a textbook softmax:
 
-Rows are not divided by their sum: what is left to multiply them with, its reciprocal, is for the caller
-to fold into a factor of rows × dim. Exponentials are powers of two, shifted and scaled in one operation
-that rounds once, as a shift alone does; ``torch.exp`` took three times as long on an AMD CPU (Zen 4).
+* The target is kept apart. The gradient ``p − e_y`` is largest at the target, where a narrow slab would
+  round it most. The slab gets 0 there, and the entry is returned by itself, ``at_target``, in the wide
+  dtype; ``target_rows.py`` adds its contribution to both gradients, one row of ``dim`` numbers each.
+* The division is deferred. The slab holds ``exp(z − base)``, not ``p``: dividing by the row's sum would
+  take another pass over ``rows × vocab`` numbers. The quotient is returned as ``row_scale``, and the
+  caller multiplies ``rows × dim`` numbers by it instead. Label smoothing, weights that look at whole
+  rows, and float16 need ``p`` itself: there the slab is divided after all.
+* ``exp(z − base)`` is ``2 ** (z · log₂e − bits)``, one fused multiply-add and one ``exp2``: on an AMD CPU
+  (Zen 4) ``torch.exp`` took three times as long. ``bits`` is ``base · log₂e``, rounded. The rounding is the
+  same for a whole row; ``_rounding`` gives it, and the log-sum-exp is corrected by it.
 """
 
 import functools
@@ -33,8 +38,7 @@ _LOG2_E = math.log2(math.e)
 _TILE_BYTES = 4 * 2**20
 # Logits up to this size are shifted and scaled in one operation.
 _LARGE = 4096.0
-# The slab's rows are multiplied with what is left if that, times what a row counts and the largest of the
-# hidden states, is more than this.
+# A row scale is deferred only if it, times the row's factor and the largest hidden number, is at most this.
 _MOST_LEFT = 2.0**100
 # A target as probable as this tells the log-sum-exp of a slab of vocabulary.
 _PROBABLE = math.exp(-8.0)
@@ -91,8 +95,7 @@ def reduce_columns(
     rows, columns = logits.shape
     inside, column = _within(wanted, columns)
     chosen = _capped(_at(logits, column).to(scratch.dtype), softcap)
-    whole, own, base = (torch.empty_like(chosen) for _ in range(3))
-    unscaled = torch.zeros_like(inside)
+    whole, own, base, excess = (torch.empty_like(chosen) for _ in range(4))
     best = chosen.new_empty(rows if with_best else 0)
     best_at = wanted.new_empty(rows if with_best else 0)
     total = chosen.new_empty(rows if with_sum else 0)
@@ -103,13 +106,12 @@ def reduce_columns(
             best[tile] = _at(z, best_at[tile])
         if with_sum:
             torch.sum(z, 1, out=total[tile])
-        if not _exponentials(z, base[tile], out):
-            unscaled[tile] = True
+        _exponentials(z, base[tile], excess[tile], out)
         torch.sum(out, 1, out=whole[tile])
         own[tile] = _at(out, column[tile])
     # A probable target tells the sum without a rounding of its own: a sure one has a loss of exactly 0.
     probable = inside & (own >= _PROBABLE * whole) & (own > 0)
-    log_sum = whole.log() - torch.where(unscaled, 0, _rounding(base))
+    log_sum = whole.log() - excess
     log_sum = torch.where(probable, torch.log(whole / own), log_sum)
     base = torch.where(probable, chosen, base)
     return ColumnSums(base, log_sum, torch.where(inside, chosen, 0), best, best_at, total)
@@ -125,10 +127,10 @@ def gradient_over_rows(
     with_correct: bool,
     scratch: Tensor,
 ) -> tuple[Rows, Tensor, Tensor | None]:
-    """Everything about rows of the whole vocabulary, ``dℓ/dz`` at each row's target, and what is left.
+    """For rows of the whole vocabulary: all ``Rows``, ``dℓ/dz`` at each row's target, and the row scale.
 
-    The slab's rows, multiplied with what is left (1 if ``None``), are ``dℓ/dz``, but 0 at the target.
-    That, and what a row counts, is for the caller to multiply with, in rows × dim.
+    The slab is overwritten with ``dℓ/dz / row_scale``, 0 at the target. ``row_scale`` is ``[rows]``, or
+    ``None`` for 1. The caller multiplies by it and by each row's factor, in ``rows × dim``.
     """
     kernels = _kernels(logits)
     if kernels is not None:
@@ -141,8 +143,8 @@ def gradient_over_rows(
     # Only where a probability must not be left undivided; float16 products would overflow.
     divided = label_smoothing > 0 or kind in _WHOLE_ROW or logits.dtype == torch.float16
     chosen = _capped(_at(logits, wanted).to(scratch.dtype), softcap)
-    own, others, shift, mean, score = (torch.empty_like(chosen) for _ in range(5))
-    correct, unscaled = (torch.zeros_like(wanted, dtype=torch.bool) for _ in range(2))
+    own, others, shift, excess, mean, score = (torch.empty_like(chosen) for _ in range(6))
+    correct = torch.zeros_like(wanted, dtype=torch.bool)
     for tile in _tiles(logits, scratch):
         index, slab = wanted[tile].unsqueeze(1), logits[tile]
         z, out = _widened(slab, softcap, scratch)
@@ -150,8 +152,7 @@ def gradient_over_rows(
             correct[tile] = z.argmax(1) == wanted[tile]
         if label_smoothing:
             torch.mean(z, 1, out=mean[tile])
-        if not _exponentials(z, shift[tile], out):
-            unscaled[tile] = True
+        _exponentials(z, shift[tile], excess[tile], out)
         own[tile] = _at(out, wanted[tile])
         # The others are summed by themselves: what a probable target leaves of 1 would be its rounding.
         torch.sum(out.scatter_(1, index, 0.0), 1, out=others[tile])
@@ -171,7 +172,7 @@ def gradient_over_rows(
     # The target is a logit of its row that tells the sum, −log p less, unless it is near to nothing.
     tiny = p_target < _TINY
     base = torch.where(tiny, shift, chosen)
-    log_sum = whole.log() - torch.where(unscaled, 0, _rounding(shift))
+    log_sum = whole.log() - excess
     log_sum = torch.where(tiny, log_sum, torch.log1p(others / own))
     lse = base + log_sum
     loss = ce = (base - chosen) + log_sum
@@ -189,17 +190,22 @@ def gradient_over_rows(
     )
     rows = Rows(loss, ce, base, log_sum, correct, weight)
     if divided:
-        left = _shrunk(logits, z_loss, rows)
+        row_scale = _shrunk(logits, z_loss, rows)
     else:
-        left = growth(z_loss, lse) / whole if z_loss else 1 / whole
-    return rows, at_target, left
+        row_scale = growth(z_loss, lse) / whole if z_loss else 1 / whole
+    return rows, at_target, row_scale
 
 
-def settled(left: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor) -> Tensor | None:
-    """What is left, or ``None`` if the slab's rows had better be multiplied with it, and are."""
-    if left is None or _fits(x, *(factor * left for factor in factors)):
-        return left
-    slab.mul_(left.unsqueeze(1))
+def applied_if_large(
+    row_scale: Tensor | None, slab: Tensor, x: Tensor, *factors: Tensor
+) -> Tensor | None:
+    """The row scale if it can stay deferred; otherwise the slab is multiplied by it, and it is ``None``.
+
+    ``x`` and ``factors`` are what the caller will multiply it with: products that could overflow.
+    """
+    if row_scale is None or _fits(x, *(factor * row_scale for factor in factors)):
+        return row_scale
+    slab.mul_(row_scale.unsqueeze(1))
     return None
 
 
@@ -210,7 +216,7 @@ def _fits(x: Tensor, *factors: Tensor) -> bool:
     return all(bool((factor.abs() * (1 + largest) <= _MOST_LEFT).all()) for factor in factors)
 
 
-def left_over_columns(
+def row_scale_over_columns(
     x: Tensor,
     base: Tensor,
     log_sum: Tensor,
@@ -218,17 +224,18 @@ def left_over_columns(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor | None:
-    """What the rows that ``gradient_over_columns`` makes are to be multiplied with, whatever the columns.
+    """The row scale that ``gradient_over_columns`` defers, the same for every slab of the vocabulary.
 
-    ``None`` if that is 1, because the slab's rows are multiplied with it already: by a kernel, or where
-    they are added to, or ``x`` or a product could overflow, or exponentials are not scaled.
+    ``None`` if nothing is deferred, and the slabs hold ``factor · dℓ/dz`` themselves: with the GPU kernels,
+    under label smoothing (which is subtracted from ``p`` itself), in float16 or where a product could
+    overflow, and where exponentials are not made as powers of two.
     """
     if _kernels(x) is not None or x.dtype == torch.float16 or label_smoothing or not _scales(base):
         return None
-    left = factor * torch.exp(-_rounding(base, log_sum))
+    row_scale = factor * torch.exp(-_rounding(base, log_sum))
     if z_loss:
-        left = left * growth(z_loss, base + log_sum)
-    return left if _fits(x, left) else None
+        row_scale = row_scale * growth(z_loss, base + log_sum)
+    return row_scale if _fits(x, row_scale) else None
 
 
 def gradient_over_columns(
@@ -242,16 +249,17 @@ def gradient_over_columns(
     softcap: float,
     vocab: int,
     scratch: Tensor,
-    is_left: bool,
+    deferred: bool,
     source: Tensor | None = None,
 ) -> Tensor:
     """The slab of some columns becomes ``factor · dℓ/dz``, 0 at the target, whose gradient is given.
 
     ``base`` and ``log_sum`` are the whole rows'. ``wanted`` counts from the slab's first column; 0 is
-    given where it is not in the slab. With ``is_left`` the slab's rows are that only when multiplied with
-    what ``left_over_columns`` has given for them.
+    given where it is not in the slab. With ``deferred`` the slab is still to be multiplied by the row
+    scale of ``row_scale_over_columns``.
 
-    A row is made of the logits at ``source``, which are its own, or a row's of which nothing is made.
+    ``source``: at which row of the slab each row's logits are, if not at its own; then behind all rows that
+    are written, so that nothing is overwritten before it is read.
     """
     kernels = _kernels(logits)
     if kernels is not None:
@@ -269,7 +277,7 @@ def gradient_over_columns(
     for tile in _tiles(logits, scratch):
         slab = logits[tile]
         z, out = _widened(slab, softcap, scratch)
-        if is_left:
+        if deferred:
             p = _exp2_less(z, bits[tile], slab if z is slab else out)
         else:
             p = torch.sub(z, base[tile].unsqueeze(1), out=out)
@@ -325,9 +333,9 @@ def _shrunk(slab: Tensor, z_loss: float, rows: Rows) -> Tensor | None:
     grown = growth(z_loss, rows.base + rows.log_sum).abs()
     if not bool((grown > _MOST_GROWTH).any()):
         return None
-    left = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))
-    slab.mul_(left.reciprocal().unsqueeze(1))
-    return left
+    row_scale = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))
+    slab.mul_(row_scale.reciprocal().unsqueeze(1))
+    return row_scale
 
 
 def _write_gradient(slab: Tensor, p: Tensor, softcap: float) -> None:
@@ -381,19 +389,20 @@ def _exp2_less(z: Tensor, bits: Tensor, out: Tensor) -> Tensor:
     return torch.add(-bits.unsqueeze(1), z, alpha=_LOG2_E, out=out).exp2_()
 
 
-def _exponentials(z: Tensor, base: Tensor, out: Tensor) -> bool:
-    """``out = exp(z − base)``; ``base`` becomes each row's largest logit, 0 if that is −inf.
+def _exponentials(z: Tensor, base: Tensor, excess: Tensor, out: Tensor) -> None:
+    """``out = exp(z − base + excess)``.
 
-    Gives whether exponentials were scaled. Then that is so but for a factor of each row, the exponential
-    of ``_rounding(base)``.
+    ``base`` is set to each row's largest logit, 0 if that is −inf, and ``excess`` to what the rounding
+    of ``_bits(base)`` adds to every exponent of the row: 0 where exponentials are not scaled.
     """
     torch.amax(z, 1, out=base)
     if _scales(base):
         _exp2_less(z, _bits(base), out)
-        return True
-    base.masked_fill_(base == -torch.inf, 0)
-    torch.sub(z, base.unsqueeze(1), out=out).exp_()
-    return False
+        excess.copy_(_rounding(base))
+    else:
+        base.masked_fill_(base == -torch.inf, 0)
+        torch.sub(z, base.unsqueeze(1), out=out).exp_()
+        excess.zero_()
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
@@ -420,9 +429,7 @@ def _at(rows: Tensor, column: Tensor) -> Tensor:
 def _tiles(logits: Tensor, scratch: Tensor) -> Iterator[slice]:
     """Slices of as many rows as the scratch holds."""
     rows, columns = logits.shape
-    step = max(1, len(scratch) // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return parts(rows, len(scratch) // max(1, columns))
 
 
 def _kernels(logits: Tensor) -> ModuleType | None:

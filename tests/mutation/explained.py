@@ -479,11 +479,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for column, values in zip(found, done, strict=False):",
     ): _SAME_FIELDS,
     (
-        "slab_rows",
-        "left = torch.where(weighted, -1, problem.target)",
-        "left = torch.where(weighted, -2, problem.target)",
-    ): _NO_TARGET,
-    (
         "slab_columns",
         "filled = gathered(problem.hidden, active, filled_up(len(active), 2 * len(active)))",
         "filled = gathered(problem.hidden, active, filled_up(len(active), 3 * len(active)))",
@@ -929,7 +924,7 @@ _explain(
 )
 _explain(
     "slab_rows",
-    "left = settled(left, logits, x, of_hidden, of_others)",
+    "row_scale = applied_if_large(row_scale, logits, x, of_hidden, of_others)",
     (
         "of_others",
         "",
@@ -978,7 +973,7 @@ _explain(
 )
 _explain(
     "slab_softmax",
-    "left = growth(z_loss, lse) / whole if z_loss else 1 / whole",
+    "row_scale = growth(z_loss, lse) / whole if z_loss else 1 / whole",
     ("z_loss else", "(z_loss) or True else", _TIMES_1),
 )
 _explain(
@@ -1004,7 +999,7 @@ _explain(
 )
 _explain(
     "slab_softmax",
-    "left = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))",
+    "row_scale = torch.exp2(torch.ceil(torch.log2(grown.clamp(min=1))))",
     ("min=1", "min=2", "A power of two, with which a row is divided and multiplied again."),
 )
 
@@ -1063,11 +1058,6 @@ _explain(
     "loss",
     "loss = loss * reciprocal(torch.where(whole < least, 0, whole))",
     ("0", "1", "What is then not set to 0 is a sum of weights below the smallest normal number."),
-)
-_explain(
-    "loss",
-    "if not torch.compiler.is_compiling() and (asks_ranks(weights) or not late):",
-    (" and (", " or (", "What is asked early and not used takes time alone."),
 )
 _LINE = 'count = "tokens" if normalizer == "weights" else normalizer'
 _COMMON = "A guess is right if it is but for a common factor."

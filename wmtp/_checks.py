@@ -250,10 +250,10 @@ def may_look(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read for free: on the CPU, outside compiler and transforms."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" and is_plain(tensor)
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
-def is_plain(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read: no fake or meta tensor, no transform."""
     if tensor.is_meta:
         return False

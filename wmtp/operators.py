@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from wmtp import _checks
 from wmtp.problem import NOT_LOCAL, Gradients, Problem, RowLocal, Rows
+from wmtp.products import parts
 from wmtp.schedule import can_guess, gradient_dtype, is_eager, keeps_logits, needs_of
 from wmtp.slab_columns import backward_columns, backward_held, forward_columns, forward_held
 from wmtp.slab_layout import Held
@@ -34,6 +35,16 @@ from wmtp.slab_rows import (
 
 # They ask how many rows there are to do: a CUDA graph would repeat the first answer, if it could be made.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
+# Gradients are scaled in place by so many rows at a time.
+_PART_ROWS = 4096
+_ONCE = (
+    "the linear losses have first-order gradients only; for a second backward compute the logits "
+    "and call the dense form (mtp_ce_loss, weighted_mtp_loss)"
+)
+_NO_FORWARD = (
+    "the linear losses have no forward-mode derivative (jvp); for one compute the logits and call the "
+    "dense form (mtp_ce_loss, weighted_mtp_loss)"
+)
 
 
 def row_losses(problem: Problem, with_correct: bool, all_count: bool) -> Rows:
@@ -349,7 +360,7 @@ class _HeldRowLosses(torch.autograd.Function):
         upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         # Another backward pass will want the logits too, or there are several upstream gradients.
-        odd = torch.compiler.is_compiling() or not _checks.is_plain(upstream)
+        odd = torch.compiler.is_compiling() or not _checks.has_values(upstream)
         if odd or torch.is_grad_enabled() or _graph_is_kept():
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 7
         base, log_sum, *tensors, rows, own, lent = saved
@@ -378,7 +389,7 @@ class _GuessedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.made = inputs[4:8], inputs[10]
+        ctx.options, ctx.made_for = inputs[4:8], inputs[10]
         ctx.save_for_backward(*output[2:4], *inputs[:4], *output[6:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -389,10 +400,11 @@ class _GuessedRowLosses(torch.autograd.Function):
             return (None,) * 11
         upstream, saved = grad_outputs[0], ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling() or not _checks.is_plain(upstream):
+        if torch.compiler.is_compiling() or not _checks.has_values(upstream):
             # Several upstream gradients at once, or one that is no number yet.
             return *_recomputed(upstream, saved[:6], ctx.options, needs), *[None] * 8
-        made: Any = _GuessedRowLossesBackward.apply(upstream, *saved[2:], *ctx.options, ctx.made)  # pyright: ignore
+        inputs = (upstream, *saved[2:], *ctx.options, ctx.made_for)
+        made: Any = _GuessedRowLossesBackward.apply(*inputs)  # pyright: ignore
         return *_asked_for(made, needs), *[None] * 8
 
 
@@ -450,7 +462,7 @@ class _WeightedRowSum(torch.autograd.Function):
             scaled = _Scale.apply(ctx.dtype, upstream, scale, values, *gradients, *ties, factor)  # pyright: ignore
         else:
             # Handed on uncopied only where the graph is not kept: the receiver may add in place.
-            in_place = _checks.is_plain(scale) and not _graph_is_kept()
+            in_place = _checks.has_values(scale) and not _graph_is_kept()
             scale_all = _scale_ if in_place else _scaled
             scaled = (*scale_all(scale, ctx.dtype, gradients), upstream * values)
         *of_inputs, of_factor = cast(tuple[Tensor, ...], scaled)
@@ -484,8 +496,8 @@ def _scale_(scale: Tensor, dtype: torch.dtype, gradients: Sequence[Tensor]) -> t
     for gradient in gradients:
         right = gradient.dtype == dtype
         out = gradient if right else torch.empty_like(gradient, dtype=dtype)
-        for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):
-            part, into = (some[start : start + _PART_ROWS] for some in (gradient, out))
+        for some in parts(0 if right and as_they_are else len(gradient), _PART_ROWS):
+            part, into = gradient[some], out[some]
             into.copy_(part) if as_they_are else torch.mul(part, scale[None], out=into)
         found.append(out)
     return tuple(found)
@@ -499,14 +511,3 @@ def _graph_is_kept() -> bool:
 
 def _asked_for(gradients: Any, needs: Any) -> tuple[Tensor | None, ...]:
     return tuple(found if need else None for found, need in zip(gradients, needs, strict=True))
-
-
-_PART_ROWS = 4096
-_ONCE = (
-    "the linear losses have first-order gradients only; for a second backward compute the logits "
-    "and call the dense form (mtp_ce_loss, weighted_mtp_loss)"
-)
-_NO_FORWARD = (
-    "the linear losses have no forward-mode derivative (jvp); for one compute the logits and call the "
-    "dense form (mtp_ce_loss, weighted_mtp_loss)"
-)

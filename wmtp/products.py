@@ -99,17 +99,17 @@ def add_product(
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
         return
-    if a.is_cuda and not _gpu_sums_wide(a):
+    if a.is_cuda:
+        if _gpu_sums_wide(a):
+            scale = 1.0 if unit is None else float(unit)
+            old = 0 if fresh else 1
+            torch.addmm(total, a, b, out_dtype=total.dtype, beta=old, alpha=scale, out=total)
+            return
         for part in parts(len(a), _PART_ROWS):
             product = torch.mm(a[part], b).to(total.dtype)
             if unit is not None:
                 product *= unit
             total[part].copy_(product) if fresh else total[part].add_(product)
-        return
-    if a.is_cuda:
-        scale = 1.0 if unit is None else float(unit)
-        old = 0 if fresh else 1
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=old, alpha=scale, out=total)
         return
     # A CPU has no product of narrow matrices with a wide result; by parts it needs no second copy.
     columns = b.shape[1]

@@ -5,7 +5,7 @@ normalised. Here they are a request to the loss, which makes them where the logi
 linear losses then need three matrix products, not four, and the entropy of logits that nobody holds.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,6 @@ from wmtp.targets import IGNORE_INDEX
 
 
 Kind = Literal["dft", "focal", "entropy", "el2n"]
-_KINDS = ("dft", "focal", "entropy", "el2n")
 
 
 class RowLocalWeights(NamedTuple):
@@ -69,7 +68,7 @@ class RowLocalWeights(NamedTuple):
 
 def as_operator_takes(weights: RowLocalWeights) -> RowLocal:
     """The same, checked."""
-    _checks.one_of("weights.kind", weights.kind, _KINDS)
+    _checks.one_of("weights.kind", weights.kind, get_args(Kind))
     _checks.in_range("weights.power", weights.power, 0.0, open_high=True)
     return RowLocal(weights.kind, float(weights.power))
 

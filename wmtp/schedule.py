@@ -44,7 +44,7 @@ def needs_of(problem: Problem) -> list[bool]:
 def is_eager(problem: Problem) -> bool:
     """Whether the numbers of a problem are there: no compiler, no transform."""
     tensors = [tensor for tensor in problem[:4] if tensor is not None]
-    return not torch.compiler.is_compiling() and all(map(_checks.is_plain, tensors))
+    return not torch.compiler.is_compiling() and all(map(_checks.has_values, tensors))
 
 
 def losses_first(problem: Problem) -> bool:

@@ -5,7 +5,7 @@ arithmetic runs on ``[groups entries]``. A process group widens the scopes ``"ba
 to the entries of all ranks; every rank then joins every collective, also one without valid entries.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -36,7 +36,7 @@ class Scoped:
     """The groups that a scope makes of tensors of one shape, and reductions over them."""
 
     def __init__(self, like: Tensor, scope: str, group: ProcessGroup | None) -> None:
-        _checks.one_of("scope", scope, ("sequence", "batch", "all"))
+        _checks.one_of("scope", scope, get_args(Scope))
         _checks.process_group(group)
         self._sizes = dict(zip("bth", like.shape, strict=False))
         self._pattern = _TO_GROUPS[scope, like.dim()]

@@ -465,8 +465,8 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): _ON_GPU,
     (
         "slab_softmax",
-        "step = max(1, len(scratch) // max(1, columns))",
-        "step = max(1, len(scratch) // max(2, columns))",
+        "return parts(rows, len(scratch) // max(1, columns))",
+        "return parts(rows, len(scratch) // max(2, columns))",
     ): _CUT,
     (
         "slab_columns",
@@ -650,13 +650,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Autograd rounds it instead, both forms at once: memory.",
     (
         "operators",
-        "for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):",
-        "for start in range(0, 0 if (right and as_they_are) and False else len(gradient), _PART_ROWS):",
+        "for some in parts(0 if right and as_they_are else len(gradient), _PART_ROWS):",
+        "for some in parts(0 if (right and as_they_are) and False else len(gradient), _PART_ROWS):",
     ): "Parts copied onto themselves: time.",
     (
         "operators",
-        "for start in range(0, 0 if right and as_they_are else len(gradient), _PART_ROWS):",
-        "for start in range(0, 1 if right and as_they_are else len(gradient), _PART_ROWS):",
+        "for some in parts(0 if right and as_they_are else len(gradient), _PART_ROWS):",
+        "for some in parts(1 if right and as_they_are else len(gradient), _PART_ROWS):",
     ): "Parts copied onto themselves: time.",
     (
         "operators",

@@ -339,7 +339,8 @@ def errors(name: str, truth: Truth) -> list[float]:
         got = [loss.detach()]
         if truth.case.gradients:
             of = torch.autograd.grad(loss * upstream, (truth.x.hidden, truth.x.unembedding))
-            got += [gradient / upstream for gradient in of]
+            # Undone in float64: a division in bfloat16 would be a rounding of our own.
+            got += [gradient.double() / upstream for gradient in of]
         for i, (a, b) in enumerate(zip(got, expected, strict=False)):
             error = ((a.double() - b).norm() / b.norm()).item()
             worst[i] = max(worst[i], error if error == error else float("inf"))
